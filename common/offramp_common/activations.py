@@ -1,0 +1,116 @@
+"""The one type that flows: the samples in flight between two layers.
+
+Model, exit runner, codec, wire, engine and simulator all handle `Activations`; no tier has a type of
+its own for it. The arrays are numpy arrays on the device and on the wire and torch tensors inside the
+torch runner (on the CPU they share memory); nothing here depends on which.
+
+Axes: B samples, T tokens, D hidden width (at depth 0: input channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+A = TypeVar("A")
+"""The array type: numpy.ndarray or torch.Tensor."""
+
+NumpyArray = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations(Generic[A]):
+    """Samples that have run `depth` layers and have not left.
+
+    hidden_BTD   hidden states, floating point. Where the model's hidden state is the input itself
+                 (depth 0; every depth of a cascade of whole models) integers: channel 0 holds token
+                 ids, channel 1, if there, segment ids.
+    lengths_B    real tokens of each row, int64, always numpy: row b's tokens are hidden_BTD[b, :lengths_B[b]]
+                 and the rest is padding without meaning. The longest row fills T exactly.
+    depth        how many layers have run
+    state        what the exit method carries, by name, one row a sample: (B, ...)
+    token_state  what it carries for each token: (B, T, ...)
+
+    State is data here, never hidden in an object: that lets any method be cut at any layer.
+    """
+
+    hidden_BTD: A
+    lengths_B: NDArray[np.int64]
+    depth: int
+    state: Mapping[str, A] = field(default_factory=dict)
+    token_state: Mapping[str, A] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.lengths_B.shape[0])
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens in all rows."""
+        return int(self.lengths_B.sum())
+
+    def take(self, rows: NDArray[np.int64]) -> Activations[A]:
+        """The given rows, in that order, padded no further than the longest of them."""
+        lengths = self.lengths_B[rows]
+        longest = int(lengths.max(initial=0))
+
+        def tokens(array: Any) -> Any:
+            return array[rows][:, :longest]
+
+        return replace(
+            self,
+            hidden_BTD=tokens(self.hidden_BTD),
+            lengths_B=lengths,
+            state={name: value[rows] for name, value in self.state.items()},  # type: ignore[index]
+            token_state={name: tokens(value) for name, value in self.token_state.items()},
+        )
+
+
+def mask_of(lengths_B: NDArray[np.int64], width: int | None = None) -> NDArray[np.bool_]:
+    """mask_BT: True where a token is real; `width` is T (the longest row by default)."""
+    width = int(lengths_B.max(initial=0)) if width is None else width
+    return np.arange(width) < lengths_B[:, None]
+
+
+def pack(array_BT: NumpyArray, lengths_B: NDArray[np.int64]) -> NumpyArray:
+    """(B, T, ...) -> (N, ...): the real tokens of all rows one after another, padding left out."""
+    if array_BT.shape[0] == 1:
+        return array_BT[0, : int(lengths_B[0])]
+    packed: NumpyArray = array_BT[mask_of(lengths_B, array_BT.shape[1])]
+    return packed
+
+
+def unpack(array_N: NumpyArray, lengths_B: NDArray[np.int64]) -> NumpyArray:
+    """The inverse of `pack`; padding is filled with zeros."""
+    mask_BT = mask_of(lengths_B)
+    if mask_BT.all():
+        return array_N.reshape(*mask_BT.shape, *array_N.shape[1:])
+    out = np.zeros((*mask_BT.shape, *array_N.shape[1:]), dtype=array_N.dtype)
+    out[mask_BT] = array_N
+    return out
+
+
+def join(parts: Sequence[Activations[NumpyArray]]) -> Activations[NumpyArray]:
+    """All rows of `parts` (at least one; equal depth and equally named state) in one batch."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(part.depth != first.depth for part in parts):
+        raise ValueError(f"cannot join depths {sorted({part.depth for part in parts})}")
+    lengths = np.concatenate([part.lengths_B for part in parts])
+
+    def tokens(arrays: Sequence[NumpyArray]) -> NumpyArray:
+        packed = [pack(array, part.lengths_B) for array, part in zip(arrays, parts, strict=True)]
+        return unpack(np.concatenate(packed), lengths)
+
+    return Activations(
+        hidden_BTD=tokens([part.hidden_BTD for part in parts]),
+        lengths_B=lengths,
+        depth=first.depth,
+        state={n: np.concatenate([part.state[n] for part in parts]) for n in first.state},
+        token_state={n: tokens([part.token_state[n] for part in parts]) for n in first.token_state},
+    )

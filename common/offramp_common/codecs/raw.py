@@ -1,0 +1,52 @@
+"""Floating point as it is: fp32 (lossless) and fp16 (relative error at most 2**-11 in normal range)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp_common.codecs.sizes import check_size
+
+_FP16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Float32:
+    """Little-endian float32: the lossless reference, 4 D bytes a token."""
+
+    name: str = "fp32"
+    lossless: bool = True
+    integer: bool = False
+
+    def encode(self, hidden_ND: NDArray[Any]) -> bytes:
+        return np.ascontiguousarray(hidden_ND, dtype="<f4").tobytes()
+
+    def decode(self, data: bytes | memoryview, n_tokens: int, width: int) -> NDArray[Any]:
+        check_size(self.name, data, self.nbytes(n_tokens, width), n_tokens, width)
+        return np.frombuffer(data, dtype="<f4").reshape(n_tokens, width).astype(np.float32)
+
+    def nbytes(self, n_tokens: int, width: int) -> int:
+        return 4 * n_tokens * width
+
+
+@dataclass(frozen=True)
+class Float16:
+    """Little-endian float16, 2 D bytes a token; magnitudes above 65504 saturate."""
+
+    name: str = "fp16"
+    lossless: bool = False
+    integer: bool = False
+
+    def encode(self, hidden_ND: NDArray[Any]) -> bytes:
+        # Saturate rather than overflow: an infinity would poison every token through attention.
+        return np.clip(hidden_ND, -_FP16_MAX, _FP16_MAX).astype("<f2").tobytes()
+
+    def decode(self, data: bytes | memoryview, n_tokens: int, width: int) -> NDArray[Any]:
+        check_size(self.name, data, self.nbytes(n_tokens, width), n_tokens, width)
+        return np.frombuffer(data, dtype="<f2").reshape(n_tokens, width).astype(np.float32)
+
+    def nbytes(self, n_tokens: int, width: int) -> int:
+        return 2 * n_tokens * width

@@ -1,0 +1,189 @@
+"""The encoder families: BERT (and MiniLM), RoBERTa, DistilBERT, ALBERT, ELECTRA, MPNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from offramp_common.errors import ConfigError
+from offramp_model.backbones.backbone import Backbone
+
+
+def _bert(model: Any) -> Backbone:
+    config = model.config
+    return Backbone(
+        model.embeddings,
+        model.encoder.layer,
+        config,
+        width=config.hidden_size,
+        max_tokens=config.max_position_embeddings,
+        segments=config.type_vocab_size,
+    )
+
+
+class _Roberta(Backbone):
+    family = "roberta"
+
+
+def _roberta(model: Any) -> Backbone:
+    config = model.config
+    return _Roberta(
+        model.embeddings,
+        model.encoder.layer,
+        config,
+        width=config.hidden_size,
+        # Positions are counted from the padding id + 1.
+        max_tokens=config.max_position_embeddings - config.pad_token_id - 1,
+        # RoBERTa marks pairs by separators; its one segment id carries nothing.
+        segments=config.type_vocab_size if config.type_vocab_size > 1 else 0,
+    )
+
+
+class _DistilBert(Backbone):
+    family = "distilbert"
+
+    def embed_ids(self, ids_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        hidden: Tensor = self.embeddings(ids_BT)
+        return hidden
+
+
+def _distilbert(model: Any) -> Backbone:
+    config = model.config
+    return _DistilBert(
+        model.embeddings,
+        model.transformer.layer,
+        config,
+        width=config.dim,
+        max_tokens=config.max_position_embeddings,
+    )
+
+
+class _Projected(nn.Module):
+    """Embeddings narrower than the hidden states, and the map between."""
+
+    def __init__(self, embeddings: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.narrow, self.projection = embeddings, projection
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.projection(self.narrow(**inputs))
+        return hidden
+
+
+class _Albert(Backbone):
+    family = "albert"
+
+
+def _albert(model: Any) -> Backbone:
+    config, encoder = model.config, model.encoder
+    per_group = config.num_hidden_layers / config.num_hidden_groups
+    groups = [encoder.albert_layer_groups[int(i / per_group)] for i in range(config.num_hidden_layers)]
+    return _Albert(
+        _Projected(model.embeddings, encoder.embedding_hidden_mapping_in),
+        nn.ModuleList(groups),
+        config,
+        width=config.hidden_size,
+        max_tokens=config.max_position_embeddings,
+        segments=config.type_vocab_size,
+    )
+
+
+class _Electra(Backbone):
+    family = "electra"
+
+
+def _electra(model: Any) -> Backbone:
+    config = model.config
+    projection = getattr(model, "embeddings_project", None)
+    embeddings = model.embeddings if projection is None else _Projected(model.embeddings, projection)
+    return _Electra(
+        embeddings,
+        model.encoder.layer,
+        config,
+        width=config.hidden_size,
+        max_tokens=config.max_position_embeddings,
+        segments=config.type_vocab_size,
+    )
+
+
+class _RelativePositions(nn.Module):
+    """MPNet adds a bias by distance to every layer's attention scores."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.relative_attention_bias = encoder.relative_attention_bias
+        # Kept out of the module tree: only its function is wanted, its parameters are listed above.
+        self._bias = [encoder.compute_position_bias]
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        bias: Tensor = self._bias[0](hidden_BTD)
+        return bias
+
+
+class _MPNet(Backbone):
+    family = "mpnet"
+
+    def embed_ids(self, ids_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        hidden: Tensor = self.embeddings(input_ids=ids_BT)
+        return hidden
+
+    def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, bias_B11T: Tensor | None) -> Tensor:
+        hidden: Tensor = layer(hidden_BTD, bias_B11T, self.shared(hidden_BTD))[0]
+        return hidden
+
+
+def _mpnet(model: Any) -> Backbone:
+    config = model.config
+    return _MPNet(
+        model.embeddings,
+        model.encoder.layer,
+        config,
+        width=config.hidden_size,
+        max_tokens=config.max_position_embeddings - 2,  # the padding id is 1
+        shared=_RelativePositions(model.encoder),
+    )
+
+
+FAMILIES: dict[str, Callable[[Any], Backbone]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "albert": _albert,
+    "electra": _electra,
+    "mpnet": _mpnet,
+}
+
+
+def backbone_from_pretrained(name_or_path: str) -> Backbone:
+    """A pretrained checkpoint, by hub name or local path. Raises ConfigError when it cannot be had."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        take_apart = _family(config)
+        return take_apart(AutoModel.from_pretrained(name_or_path, config=config))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"backbone {name_or_path!r}: cannot be loaded ({error}); give a directory that holds config.json and "
+            "model.safetensors, or a hub name with the network up"
+        ) from error
+
+
+def backbone_from_config(config: dict[str, Any]) -> Backbone:
+    """The same architecture with fresh weights, from a configuration's dictionary."""
+    from transformers import AutoConfig, AutoModel
+
+    settings = dict(config)
+    built = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return _family(built)(AutoModel.from_config(built))
+
+
+def _family(config: Any) -> Callable[[Any], Backbone]:
+    take_apart = FAMILIES.get(config.model_type)
+    if take_apart is None:
+        raise ConfigError(
+            f"backbone family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return take_apart

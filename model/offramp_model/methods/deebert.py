@@ -1,0 +1,88 @@
+"""DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference.
+
+Xin, Tang, Lee, Yu, Lin. ACL 2020. https://aclanthology.org/2020.acl-main.204
+
+The rule: at each exit take the entropy (in nats) of the exit head's softmax; a sample leaves at the first exit
+whose entropy is below a threshold S, strictly. Nothing is carried from exit to exit.
+
+Differs from the paper:
+1. Rows of a batch leave one by one; the published rule stops on a batch of one.
+2. A threshold may be given for each exit (the paper's code can, its experiments use one for all).
+3. The final layer's head is the ordinary pooler and classifier, as in the paper; the official code also builds an
+   off-ramp there and leaves it untrained, which we do not.
+4. Setting `pooling = "mean"` reads the mean of all real tokens instead of the first; the paper's is "first".
+5. Entropy is computed by log_softmax; the official sum(p * log p) is NaN for saturated logits, which then never leave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from offramp_common.spec import KnobSpec, StateField
+from offramp_model.exits import Decision, HeadSpec, PooledClassifier, State
+from offramp_model.methods.method import Method, Paper
+
+
+def entropy(logits_BC: Tensor) -> Tensor:
+    """H(softmax(z)) in nats, (B,); 0 for saturated logits, NaN only where a logit is NaN or all are infinite."""
+    log_p_BC = torch.log_softmax(logits_BC, dim=-1)
+    p_BC = log_p_BC.exp()
+    # p log p -> 0 as p -> 0, where log p may be -inf.
+    return -torch.where(p_BC > 0, p_BC * log_p_BC, p_BC).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class EntropyPolicy:
+    """Leave where the entropy is below the knob `threshold`."""
+
+    n_classes: int
+
+    def state_fields(self, depth: int) -> dict[str, StateField]:
+        return {}
+
+    def start(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def decide(
+        self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int
+    ) -> Decision:
+        logits_BC = outputs["logits"]
+        entropy_B = entropy(logits_BC)
+        # A NaN entropy compares false: such a row never leaves early.
+        confidence_B = 1.0 - entropy_B / math.log(self.n_classes)
+        confidence_B = torch.where(confidence_B.isnan(), 0.0, confidence_B).clamp(0.0, 1.0)
+        return Decision(entropy_B < knobs["threshold"], logits_BC, confidence_B, {})
+
+
+def _branches(spec: HeadSpec) -> nn.ModuleDict:
+    return nn.ModuleDict({str(depth): PooledClassifier(spec) for depth in spec.exits})
+
+
+def _knobs(spec: HeadSpec) -> tuple[KnobSpec, ...]:
+    high = math.log(len(spec.task.labels))
+    meaning = "S: leave where the entropy in nats is below it"
+    # A little above ln C, so that even uniform logits can be told to leave.
+    return (KnobSpec("threshold", 0.0, high * 1.01, never=0.0, meaning=meaning),)
+
+
+METHOD = Method(
+    name="deebert",
+    paper=Paper(
+        "DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference",
+        "Xin, Tang, Lee, Yu, Lin",
+        "ACL 2020",
+        "https://aclanthology.org/2020.acl-main.204",
+    ),
+    rule="Leave at the first exit whose softmax entropy is below a threshold. Nothing is carried.",
+    tasks=("classification",),
+    policy=lambda spec: EntropyPolicy(len(spec.task.labels)),
+    branches=_branches,
+    knobs=_knobs,
+    recipe="two-stage",
+    settings={"pooling": "first"},
+)

@@ -1,0 +1,112 @@
+"""PABEE. BERT Loses Patience: Fast and Robust Inference with Early Exit.
+
+Zhou, Xu, Ge, McAuley, Xu, Wei. NeurIPS 2020. https://arxiv.org/abs/2006.04152
+
+The rule: count how many exits in a row predicted the same class as the exit before (regression: a value less than
+tau from it); a disagreement sets the count to 0. A sample leaves when the count reaches the patience t, so at
+exit t + 1 at the earliest.
+
+Differs from the paper:
+1. Counters are kept per row; the official code makes the whole batch agree (torch.all).
+2. "Never leave" is patience = number of layers; the official code's special case patience 0 is not offered.
+3. Setting `pooling = "mean"` reads the mean of all real tokens instead of the first; the paper's is "first".
+Not verified: the paper's best patience of 6 for ALBERT-base, and its learning-rate search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from offramp_common.spec import KnobSpec, StateField
+from offramp_model.exits import Decision, HeadSpec, PooledClassifier, State
+from offramp_model.methods.method import Method, Paper
+
+_NO_CLASS = -1
+_MAX_COUNT = 255
+
+
+@dataclass(frozen=True)
+class PatiencePolicy:
+    """Leave when `patience` exits in a row agreed with the one before.
+
+    State: count (uint8, the agreements so far) and previous (the last prediction: int16 class index or
+    float32 value).
+
+    n_layers     scales the confidence
+    regression   compare values within the knob `tolerance` (tau) rather than classes
+    """
+
+    n_layers: int
+    regression: bool
+
+    def state_fields(self, depth: int) -> dict[str, StateField]:
+        previous = StateField("float32" if self.regression else "int16")
+        return {"count": StateField("uint8"), "previous": previous}
+
+    def start(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        # Neither a class -1 nor a NaN ever agrees with anything.
+        none = torch.full((batch_size,), float("nan"), device=device)
+        return {
+            "count": torch.zeros(batch_size, dtype=torch.uint8, device=device),
+            "previous": none if self.regression else torch.full_like(none, _NO_CLASS, dtype=torch.int16),
+        }
+
+    def decide(
+        self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int
+    ) -> Decision:
+        logits_BC = outputs["logits"]
+        prediction_B: Tensor
+        if self.regression:
+            prediction_B = logits_BC[:, 0]
+            agree_B = (prediction_B - state["previous"]).abs() < knobs["tolerance"]
+        else:
+            # A row with a NaN predicts no class, so it cannot agree its way out.
+            broken_B = logits_BC.isnan().any(dim=-1)
+            prediction_B = torch.where(broken_B, _NO_CLASS, logits_BC.argmax(dim=-1)).to(torch.int16)
+            agree_B = (prediction_B.to(torch.int32) == state["previous"].to(torch.int32)) & ~broken_B
+        count_B = torch.where(agree_B, (state["count"].to(torch.int32) + 1).clamp(max=_MAX_COUNT), 0)
+        leave_B = count_B.to(torch.float32) >= knobs["patience"]
+        confidence_B = count_B.to(torch.float32) / self.n_layers
+        state = {"count": count_B.to(torch.uint8), "previous": prediction_B}
+        return Decision(leave_B, logits_BC, confidence_B.clamp(0.0, 1.0), state)
+
+
+def _branches(spec: HeadSpec) -> nn.ModuleDict:
+    pooler = nn.Linear(spec.width, spec.width)  # one for all exits, as the paper's code has it
+    return nn.ModuleDict({str(depth): PooledClassifier(spec, pooler) for depth in spec.exits})
+
+
+def _knobs(spec: HeadSpec) -> tuple[KnobSpec, ...]:
+    n = spec.n_layers
+    meaning = "t: leave when so many exits in a row agreed with the one before"
+    patience = KnobSpec("patience", 1, n, never=n, meaning=meaning)
+    if spec.task.kind == "classification":
+        return (patience,)
+    # tau = 0 never agrees, whatever the patience.
+    meaning = "tau: values closer than this agree (the paper's code suggests 0.1)"
+    return (patience, KnobSpec("tolerance", 0.0, 1e9, never=0.0, meaning=meaning))
+
+
+METHOD = Method(
+    name="pabee",
+    paper=Paper(
+        "BERT Loses Patience: Fast and Robust Inference with Early Exit",
+        "Zhou, Xu, Ge, McAuley, Xu, Wei",
+        "NeurIPS 2020",
+        "https://arxiv.org/abs/2006.04152",
+    ),
+    rule=(
+        "Leave when the predictions of so many exits in a row agreed with the exit before. "
+        "Carried: the count and the last prediction."
+    ),
+    tasks=("classification", "regression"),
+    policy=lambda spec: PatiencePolicy(spec.n_layers, spec.task.kind == "regression"),
+    branches=_branches,
+    knobs=_knobs,
+    recipe="weighted-joint",
+    settings={"pooling": "first"},
+)

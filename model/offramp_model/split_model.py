@@ -1,0 +1,157 @@
+"""The multi-exit model in torch: a backbone, an exit head after some layers, and the reference runner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offramp_common.activations import Activations, NumpyArray, mask_of
+from offramp_common.runner import Knobs, Look, Step
+from offramp_common.spec import CutSpec, KnobSpec
+from offramp_model.backbones import Backbone
+from offramp_model.exits import ExitHead, HeadSpec, Policy
+from offramp_model.methods import METHODS, Method
+
+
+class MultiExitModel(nn.Module):
+    """A backbone with an exit method's heads on it."""
+
+    def __init__(self, backbone: Backbone, method: Method, spec: HeadSpec) -> None:
+        """Raises ValueError when the method cannot decide on the task, or exits do not fit."""
+        super().__init__()
+        if spec.task.kind not in method.tasks:
+            able = ", ".join(m.name for m in METHODS.values() if spec.task.kind in m.tasks)
+            raise ValueError(f"{method.name} has no rule for {spec.task.kind}; methods that have: {able}")
+        depths = sorted(set(spec.exits))
+        if not depths or depths[0] < 1 or depths[-1] != spec.n_layers or spec.n_layers != backbone.n_layers:
+            raise ValueError(
+                f"exits {spec.exits}: depths from 1 to {backbone.n_layers}, the last of them included"
+            )
+        self.method, self.spec = method, replace(spec, exits=tuple(depths))
+        self.backbone = backbone
+        self.policy: Policy = method.policy(self.spec)
+        self.exits = method.branches(self.spec)
+        self._heads = {
+            depth: ExitHead(depth, depth == depths[0], self.exits[str(depth)], self.policy)  # type: ignore[arg-type]
+            for depth in depths
+        }
+
+    @property
+    def n_layers(self) -> int:
+        return self.backbone.n_layers
+
+    @property
+    def channels(self) -> int:
+        """Input channels: segment ids travel only where pairs need them."""
+        return 2 if self.spec.task.pair and self.backbone.segments else 1
+
+    @property
+    def knobs(self) -> tuple[KnobSpec, ...]:
+        return self.method.knobs(self.spec)
+
+    def head(self, depth: int) -> ExitHead | None:
+        """The exit head after `depth` layers, if one stands there."""
+        return self._heads.get(depth)
+
+    def cut(self, depth: int) -> CutSpec:
+        """What crosses when the model is cut after `depth` layers."""
+        if depth == 0:
+            vocabulary = (self.backbone.vocabulary, self.backbone.segments)[: self.channels]
+            return CutSpec(0, True, self.channels, {}, vocabulary)
+        passed = [exit_depth for exit_depth in self.spec.exits if exit_depth <= depth]
+        state = self.policy.state_fields(passed[-1]) if passed else {}
+        return CutSpec(depth, False, self.backbone.width, state)
+
+    def forward(self, inputs_BTF: Tensor, mask_BT: Tensor) -> dict[int, dict[str, Tensor]]:
+        """All exits' outputs, by depth: what training needs. No row leaves."""
+        hidden_BTD = self.backbone.embed(inputs_BTF)
+        # Branches that read earlier exits do so from state; training passes it along like the runner.
+        state: Mapping[str, Tensor] = {}
+        out: dict[int, dict[str, Tensor]] = {}
+        zero = torch.zeros((), device=hidden_BTD.device)
+        knobs = {knob.name: zero + knob.never for knob in self.knobs}
+        for depth in range(1, self.n_layers + 1):
+            hidden_BTD = self.backbone.run_layers(hidden_BTD, mask_BT, depth - 1, depth)
+            head = self.head(depth)
+            if head is not None:
+                decision, out[depth] = head(hidden_BTD, mask_BT, state, knobs)
+                state = decision.state
+        return out
+
+
+class TorchLayers:
+    """A MultiExitModel as the runner's Layers: the reference that every other runtime is compared with."""
+
+    def __init__(self, model: MultiExitModel, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.n_layers
+
+    @torch.inference_mode()
+    def step(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
+        model, depth = self.model, acts.depth + 1
+        hidden_BTD = acts.hidden_BTD if acts.depth else model.backbone.embed(acts.hidden_BTD)
+        longest = hidden_BTD.shape[1]
+        padded = bool((acts.lengths_B < longest).any())
+        mask_BT = torch.from_numpy(mask_of(acts.lengths_B, longest)).to(self.device)
+        hidden_BTD = model.backbone.run_layers(
+            hidden_BTD, mask_BT if padded else None, depth - 1, depth
+        )
+        acts = replace(acts, hidden_BTD=hidden_BTD, depth=depth)
+        head = model.head(depth)
+        if head is None:
+            return Step(acts, None)
+        here = {
+            name: torch.tensor(values[depth - 1], dtype=torch.float32, device=self.device)
+            for name, values in knobs.items()
+        }
+        decision, outputs = head(hidden_BTD, mask_BT, {**acts.state, **acts.token_state}, here)
+        look = Look(
+            decision.leave_B.cpu().numpy(),
+            decision.answer,
+            decision.confidence_B.cpu().numpy(),
+            outputs,
+        )
+        fields = model.policy.state_fields(depth)
+        state = {name: decision.state[name] for name, f in fields.items() if not f.per_token}
+        token_state = {name: decision.state[name] for name, f in fields.items() if f.per_token}
+        return Step(replace(acts, state=state, token_state=token_state), look)
+
+
+def to_torch(
+    acts: Activations[NumpyArray], device: str | torch.device = "cpu"
+) -> Activations[Tensor]:
+    """The same activations as torch tensors; on the CPU they share memory."""
+
+    def convert(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return _converted(acts, convert)
+
+
+def to_numpy(acts: Activations[Tensor]) -> Activations[NumpyArray]:
+    """The same activations as numpy arrays; on the CPU they share memory."""
+
+    def convert(tensor: Any) -> NumpyArray:
+        array: NumpyArray = np.asarray(tensor.detach().cpu().numpy())
+        return array
+
+    return _converted(acts, convert)
+
+
+def _converted(acts: Activations[Any], convert: Any) -> Activations[Any]:
+    return Activations(
+        convert(acts.hidden_BTD),
+        acts.lengths_B,
+        acts.depth,
+        {name: convert(value) for name, value in acts.state.items()},
+        {name: convert(value) for name, value in acts.token_state.items()},
+    )
