@@ -1,0 +1,148 @@
+"""X.509 certificates of the development CA; the one module here that imports `cryptography`.
+
+Keys are on the curve P-256. An authority may sign leaves only (path length 0); a server's
+certificate is good for serving, a device's for calling, and neither for the other's part.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+# The clock of a device may be a little behind that of the machine that issues.
+_CLOCK_SKEW = datetime.timedelta(minutes=5)
+
+Now = datetime.datetime | None  # from when on a certificate is valid; None: the machine's clock
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate and its private key."""
+
+    cert: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    def cert_pem(self) -> bytes:
+        return self.cert.public_bytes(serialization.Encoding.PEM)
+
+    def key_pem(self) -> bytes:
+        return self.key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+
+
+def new_authority(days: int, now: Now = None) -> Issued:
+    """A self-signed authority."""
+    return _issue(
+        now,
+        None,
+        "offramp development CA",
+        days,
+        x509.BasicConstraints(ca=True, path_length=0),
+        _key_usage(key_cert_sign=True, crl_sign=True),
+    )
+
+
+def new_server(authority: Issued, hosts: Sequence[str], days: int, now: Now = None) -> Issued:
+    """A server's certificate for these names and IP addresses."""
+    return _issue(
+        now,
+        authority,
+        "offramp development server",
+        days,
+        x509.BasicConstraints(ca=False, path_length=None),
+        _key_usage(digital_signature=True),
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
+        x509.SubjectAlternativeName([_general_name(host) for host in hosts]),
+    )
+
+
+def new_device(authority: Issued, name: str, days: int, now: Now = None) -> Issued:
+    """A device's certificate; its common name and its one alternative name (DNS) are `name`."""
+    return _issue(
+        now,
+        authority,
+        name,
+        days,
+        x509.BasicConstraints(ca=False, path_length=None),
+        _key_usage(digital_signature=True),
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]),
+        x509.SubjectAlternativeName([x509.DNSName(name)]),
+    )
+
+
+def load(cert_pem: bytes, key_pem: bytes) -> Issued:
+    """An authority read back. ValueError when it is not one that `new_authority` has made."""
+    cert = x509.load_pem_x509_certificate(cert_pem)
+    key = serialization.load_pem_private_key(key_pem, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("the key is not an elliptic-curve key")
+    if key.public_key() != cert.public_key():
+        raise ValueError("the key is not that of the certificate")
+    return Issued(cert, key)
+
+
+def _issue(
+    now: Now,
+    authority: Issued | None,
+    common_name: str,
+    days: int,
+    *extensions: x509.ExtensionType,
+) -> Issued:
+    """A certificate for a new key, signed by `authority`, or by itself when there is none."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    signer = key if authority is None else authority.key
+    now = now or datetime.datetime.now(datetime.UTC)
+    until = now + datetime.timedelta(days=days)
+    if authority is not None:  # a leaf that outlives its authority is of no use
+        until = min(until, authority.cert.not_valid_after_utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject if authority is None else authority.cert.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(until)
+    )
+    identifiers = (
+        x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
+    )
+    for extension in (*extensions, *identifiers):
+        critical = isinstance(extension, x509.BasicConstraints | x509.KeyUsage)  # RFC 5280, 4.2.1
+        builder = builder.add_extension(extension, critical)
+    return Issued(builder.sign(signer, hashes.SHA256()), key)
+
+
+def _key_usage(
+    *, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
+) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)

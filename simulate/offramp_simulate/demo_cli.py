@@ -1,0 +1,197 @@
+"""`offramp demo`: everything on one machine, with real input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp_common.cli import OK, write_json
+from offramp_common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from offramp_simulate.demo import Record, Sentence
+
+_BUNDLE = Path("bundles/assistant-intents")
+_UTTERANCES = Path("examples/assistant-utterances.jsonl")
+_TEST_SPLIT = Path("clinc150/test.tsv")
+_OF_TEST_SPLIT = 500
+
+
+def add_command(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="a cloud, a slow link and a device on this machine, with real sentences",
+        description="Runs sentences through offramp and through its rivals and prints one table.",
+    )
+    add = parser.add_argument
+    add("--link", metavar="PROFILE", default="lte", help="profile of `offramp link` (default: lte)")
+    add("--bundle", type=Path, help="bundle to run (default: the shipped assistant-intents)")
+    add(
+        "--data",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="sentences to run: TSV or JSONL with text and label; without FILE the test split of CLINC150 "
+        "in $OFFRAMP_DATA (default: the shipped utterances)",
+    )
+    add("--limit", type=int, metavar="N", help="run the first N sentences")
+    add(
+        "--split",
+        type=int,
+        metavar="K",
+        help="the device runs layers [0, K) (default: the bundle's)",
+    )
+    add("--deadline-ms", type=float, metavar="N", help="answer each sentence within N ms")
+    add("--cut-link-at", type=int, metavar="N", help="the link dies before sentence N, for a while")
+    add(
+        "--local", action="store_true", help="cloud tier in one process, without Ray: starts faster"
+    )
+    add(
+        "--json",
+        metavar="FILE",
+        help="write every number and record to FILE (- for standard output)",
+    )
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="write the table and plots as one HTML page",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from offramp_common.bundle import Bundle
+    from offramp_simulate import demo, demo_report
+    from offramp_simulate.demo_view import View
+
+    if args.report and not args.report.parent.is_dir():
+        raise ConfigError(f"--report {args.report}: no directory {args.report.parent}")
+    bundle_path = args.bundle or _shipped(_BUNDLE)
+    bundle = Bundle.read(bundle_path)
+    if args.split is not None and not 1 <= args.split < bundle.n_layers:
+        raise ConfigError(
+            f"--split {args.split}: between 1 and {bundle.n_layers - 1} for this bundle"
+        )
+    sentences, source = _sentences(args.data, args.limit)
+    known = set(bundle.manifest.task.labels)
+    if unknown := sorted({s.label for s in sentences} - known):
+        raise ConfigError(f"{source}: label {unknown[0]!r} is none of the bundle's {len(known)}")
+    extra = () if args.deadline_ms is None else ("--deadline-ms", str(args.deadline_ms))
+    settings = demo.Settings(
+        bundle_path, args.link, args.local, cut_link_at=args.cut_link_at, extra=extra
+    )
+    plan = demo.strategies(bundle, args.split)
+    about = {"sentences": len(sentences), "source": source, "hardware": hardware()}
+
+    async def main() -> tuple[list[demo.Outcome], list[Record]]:
+        with View(len(sentences), plan) as view:
+            view.starting("the cloud tier" + (" (no Ray)" if args.local else " (Ray Serve, TLS)"))
+            async with demo.cloud_and_link(settings) as cloud:
+                outcomes = []
+                for strategy in plan:
+                    view.begin(strategy)
+                    outcomes.append(
+                        await demo.run_strategy(
+                            strategy, sentences, settings, bundle, cloud, view.answered
+                        )
+                    )
+                view.stopping()
+        rows = demo.summarise(outcomes, bundle.n_layers)
+        view.table(rows, about, args.link)
+        return outcomes, rows
+
+    outcomes, rows = asyncio.run(main())
+    result = demo.to_json(outcomes, rows, settings, about)
+    if args.json:
+        write_json(result, args.json)
+    if args.report:
+        args.report.write_text(demo_report.render(result), encoding="utf-8")
+        print(f"report: {args.report}", file=sys.stderr)
+    return OK
+
+
+def hardware() -> str:
+    """One line about this machine, to stand beside numbers."""
+    model = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else ""
+    return f"{os.cpu_count()} cores, {model or 'unknown processor'}"
+
+
+def _shipped(relative: Path) -> Path:
+    """A file of the checkout: beside the current directory or beside this source tree."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / relative).exists():
+            return root / relative
+    raise ConfigError(
+        f"{relative} is not here: run from a checkout of offramp, or name your own with --bundle and --data"
+    )
+
+
+def _sentences(data: str | None, limit: int | None) -> tuple[list[Sentence], str]:
+    """The sentences and what to call them."""
+    if data is None:
+        path = _shipped(_UTTERANCES)
+    elif data:
+        path = Path(data)
+    else:
+        folder = Path(os.environ.get("OFFRAMP_DATA", "../shared/data"))
+        path = folder / _TEST_SPLIT
+        limit = _OF_TEST_SPLIT if limit is None else limit
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file; name one with --data FILE, or the folder of data sets with OFFRAMP_DATA"
+        )
+    sentences = _read_jsonl(path) if path.suffix == ".jsonl" else _read_tsv(path)
+    if data == "":
+        # The test split is sorted by label: take a spread of it, not its beginning.
+        step = max(1, len(sentences) // (limit or len(sentences)))
+        sentences = sentences[::step]
+    sentences = sentences[:limit]
+    if not sentences:
+        raise ConfigError(f"{path}: no sentences in it")
+    return sentences, path.name if data is None else "/".join(path.parts[-2:])
+
+
+def _read_jsonl(path: Path) -> list[Sentence]:
+    from offramp_simulate.demo import Sentence
+
+    sentences = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            sentence = Sentence(
+                str(row.get("id", number)), row["text"], row["label"], row.get("kind", "")
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f'{path}:{number}: must be {{"text": ..., "label": ...}}') from error
+        sentences.append(sentence)
+    return sentences
+
+
+def _read_tsv(path: Path) -> list[Sentence]:
+    from offramp_simulate.demo import Sentence
+
+    header, *lines = path.read_text(encoding="utf-8").splitlines()
+    columns = header.split("\t")
+    if "text" not in columns or "label" not in columns:
+        raise ConfigError(f"{path}:1: columns {columns}, must have text and label")
+    text, label = columns.index("text"), columns.index("label")
+    sentences = []
+    for number, line in enumerate(lines, start=2):
+        fields = line.split("\t")
+        if len(fields) != len(columns):
+            raise ConfigError(
+                f"{path}:{number}: {len(fields)} fields, the header has {len(columns)}"
+            )
+        sentences.append(Sentence(str(number), fields[text], fields[label]))
+    return sentences
