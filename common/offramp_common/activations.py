@@ -1,8 +1,8 @@
 """The one type that flows: the samples in flight between two layers.
 
-Model, exit runner, codec, wire, engine and simulator all handle `Activations`; no tier has a type of
-its own for it. The arrays are numpy arrays on the device and on the wire and torch tensors inside the
-torch runner (on the CPU they share memory); nothing here depends on which.
+Model, exit runner, codec, wire, engine and simulator all handle `Activations`; no tier has a type
+of its own for it. The arrays are numpy arrays on the device and on the wire and torch tensors
+inside the torch runner (on the CPU they share memory); nothing here depends on which.
 
 Axes: B samples, T tokens, D hidden width (at depth 0: input channels).
 """
@@ -29,8 +29,9 @@ class Activations(Generic[A]):
     hidden_BTD   hidden states, floating point. Where the model's hidden state is the input itself
                  (depth 0; every depth of a cascade of whole models) integers: channel 0 holds token
                  ids, channel 1, if there, segment ids.
-    lengths_B    real tokens of each row, int64, always numpy: row b's tokens are hidden_BTD[b, :lengths_B[b]]
-                 and the rest is padding without meaning. The longest row fills T exactly.
+    lengths_B    real tokens of each row, int64, always numpy: row b's tokens are
+                 hidden_BTD[b, :lengths_B[b]] and the rest is padding without meaning, at the end.
+                 The longest row fills T exactly.
     depth        how many layers have run
     state        what the exit method carries, by name, one row a sample: (B, ...)
     token_state  what it carries for each token: (B, T, ...)
@@ -59,7 +60,9 @@ class Activations(Generic[A]):
         longest = int(lengths.max(initial=0))
 
         def tokens(array: Any) -> Any:
-            return array[rows][:, :longest]
+            # In one step, so that the result lies in one piece: kernels that are given rows which lie
+            # apart round differently, and a frame's content never lies apart.
+            return array[rows, :longest]
 
         return replace(
             self,
@@ -77,7 +80,10 @@ def mask_of(lengths_B: NDArray[np.int64], width: int | None = None) -> NDArray[n
 
 
 def pack(array_BT: NumpyArray, lengths_B: NDArray[np.int64]) -> NumpyArray:
-    """(B, T, ...) -> (N, ...): the real tokens of all rows one after another, padding left out."""
+    """(B, T, ...) -> (N, ...): the real tokens of all rows one after another, padding left out.
+
+    A view of `array_BT` where that costs nothing: do not write to it.
+    """
     if array_BT.shape[0] == 1:
         return array_BT[0, : int(lengths_B[0])]
     packed: NumpyArray = array_BT[mask_of(lengths_B, array_BT.shape[1])]
@@ -85,7 +91,7 @@ def pack(array_BT: NumpyArray, lengths_B: NDArray[np.int64]) -> NumpyArray:
 
 
 def unpack(array_N: NumpyArray, lengths_B: NDArray[np.int64]) -> NumpyArray:
-    """The inverse of `pack`; padding is filled with zeros."""
+    """The inverse of `pack`; padding becomes zeros. A view of `array_N` where there is none."""
     mask_BT = mask_of(lengths_B)
     if mask_BT.all():
         return array_N.reshape(*mask_BT.shape, *array_N.shape[1:])
@@ -95,12 +101,18 @@ def unpack(array_N: NumpyArray, lengths_B: NDArray[np.int64]) -> NumpyArray:
 
 
 def join(parts: Sequence[Activations[NumpyArray]]) -> Activations[NumpyArray]:
-    """All rows of `parts` (at least one; equal depth and equally named state) in one batch."""
+    """All rows of `parts` (at least one; equal depth and equally named state) in one batch.
+
+    Raises ValueError for parts that do not fit each other. A single part is returned as it is.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first
     if any(part.depth != first.depth for part in parts):
         raise ValueError(f"cannot join depths {sorted({part.depth for part in parts})}")
+    names = [(sorted(part.state), sorted(part.token_state)) for part in parts]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"cannot join parts with state {names}: a row's state must not be lost")
     lengths = np.concatenate([part.lengths_B for part in parts])
 
     def tokens(arrays: Sequence[NumpyArray]) -> NumpyArray:

@@ -33,6 +33,7 @@ WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 BACKBONE = "backbone.json"
 CARD = "README.md"
+GRAPHS = "graphs"
 DIGEST_BYTES = 16
 
 

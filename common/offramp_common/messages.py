@@ -1,19 +1,28 @@
-"""Dataclasses <-> protobuf: the one place that knows both."""
+"""Dataclasses <-> protobuf: the one place that knows both.
+
+`..._from_pb` reads what the other side sent: it returns values within limits or raises WireError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from offramp_common.errors import WireError
 from offramp_common.frames import Limits
 from offramp_common.runner import Knobs
+from offramp_common.spec import MAX_NAME_BYTES
 from offramp_common.transport import MAX_REQUEST_ID, Completion, Hello, Offload, Welcome
 from offramp_common.wire import offload_pb2 as pb
 
 _MAX_KNOBS = 16
 _MAX_DEPTHS = 1024
+_MAX_CODECS = 64
+_MAX_NAME = 256  # bytes, of bundles and software
+_MAX_DIGEST = 64
+_SHORTEST_MS = 1e-3
 
 
 def hello_to_pb(hello: Hello) -> pb.HelloRequest:
@@ -28,10 +37,19 @@ def hello_to_pb(hello: Hello) -> pb.HelloRequest:
 
 
 def hello_from_pb(message: pb.HelloRequest) -> Hello:
+    """Raises WireError for what no well-behaved device sends."""
+    _check_size("bundle", message.bundle, _MAX_NAME)
+    _check_size("software", message.software, _MAX_NAME)
+    _check_codecs(message.codecs)
     digests = {entry.depth: entry.digest for entry in message.digests}
-    return Hello(
-        message.bundle, digests, tuple(message.codecs), message.protocol, message.software
-    )
+    if len(digests) != len(message.digests) or len(digests) > _MAX_DEPTHS:
+        raise WireError(
+            f"{len(message.digests)} digests of {len(digests)} depths: one a depth, "
+            f"at most {_MAX_DEPTHS}"
+        )
+    for digest in digests.values():
+        _check_size("digest", digest, _MAX_DIGEST)
+    return Hello(message.bundle, digests, tuple(message.codecs), message.protocol, message.software)
 
 
 def welcome_to_pb(welcome: Welcome) -> pb.HelloReply:
@@ -47,32 +65,40 @@ def welcome_to_pb(welcome: Welcome) -> pb.HelloReply:
 
 
 def welcome_from_pb(message: pb.HelloReply) -> Welcome:
+    """Raises WireError for what no well-behaved cloud sends."""
+    _check_size("software", message.software, _MAX_NAME)
+    _check_codecs(message.codecs)
+    if not (message.max_frame_bytes and message.max_rows and message.max_tokens):
+        raise WireError(
+            f"limits of {message.max_frame_bytes} bytes, {message.max_rows} rows and "
+            f"{message.max_tokens} tokens: each must be at least 1"
+        )
     limits = Limits(message.max_frame_bytes, message.max_rows, message.max_tokens)
     knobs = knobs_from_pb(message.knobs)
     return Welcome(tuple(message.codecs), limits, knobs, message.protocol, message.software)
 
 
 def offload_to_pb(work: Offload) -> pb.OffloadRequest:
+    # 0 means no deadline, so one that has passed travels as the shortest.
+    deadline_ms = 0.0 if work.deadline_ms is None else max(work.deadline_ms, _SHORTEST_MS)
     return pb.OffloadRequest(
         request_id=work.request_id,
         bundle=work.bundle,
         digest=work.digest,
         frame=work.frame,
         knobs=knobs_to_pb(work.knobs),
-        deadline_ms=work.deadline_ms or 0.0,
+        deadline_ms=deadline_ms,
         traceparent=work.traceparent,
     )
 
 
 def offload_from_pb(message: pb.OffloadRequest) -> Offload:
     """Raises WireError for what no well-behaved device sends."""
-    if not 1 <= len(message.request_id.encode()) <= MAX_REQUEST_ID:
-        raise WireError(f"request_id must have 1 to {MAX_REQUEST_ID} bytes")
-    if len(message.traceparent) > MAX_REQUEST_ID:
-        raise WireError(f"traceparent of {len(message.traceparent)} characters, at most {MAX_REQUEST_ID}")
-    # NaN fails the comparison too.
-    if not message.deadline_ms >= 0:
-        raise WireError(f"deadline_ms {message.deadline_ms}: must not be negative")
+    _check_size("request_id", message.request_id, MAX_REQUEST_ID, least=1)
+    _check_size("bundle", message.bundle, _MAX_NAME)
+    _check_size("digest", message.digest, _MAX_DIGEST)
+    _check_size("traceparent", message.traceparent, MAX_REQUEST_ID)
+    _check_ms("deadline_ms", message.deadline_ms)
     return Offload(
         message.request_id,
         message.bundle,
@@ -97,8 +123,12 @@ def completion_to_pb(done: Completion) -> pb.OffloadReply:
 
 def completion_from_pb(message: pb.OffloadReply) -> Completion:
     """Raises WireError when the reply's parts do not fit each other."""
+    _check_size("request_id", message.request_id, MAX_REQUEST_ID, least=1)
+    _check_ms("queue_ms", message.queue_ms)
+    _check_ms("compute_ms", message.compute_ms)
     rows = len(message.exit_depths)
-    if not rows or len(message.confidences) != rows or len(message.answers) % (4 * rows):
+    fits = rows and message.answers and len(message.answers) % (4 * rows) == 0
+    if not fits or len(message.confidences) != rows:
         raise WireError(
             f"a reply of {rows} exit depths, {len(message.confidences)} confidences and "
             f"{len(message.answers)} bytes of answers"
@@ -118,8 +148,34 @@ def knobs_to_pb(knobs: Knobs) -> list[pb.Knob]:
     return [pb.Knob(name=name, values=values) for name, values in knobs.items()]
 
 
-def knobs_from_pb(messages: Iterable[pb.Knob]) -> Knobs:
+def knobs_from_pb(messages: Sequence[pb.Knob]) -> Knobs:
+    """Raises WireError; an infinity passes, since "never leave" may be one."""
     knobs = {message.name: tuple(message.values) for message in messages}
-    if len(knobs) > _MAX_KNOBS or any(len(values) > _MAX_DEPTHS for values in knobs.values()):
-        raise WireError(f"at most {_MAX_KNOBS} knobs of {_MAX_DEPTHS} values")
+    if len(knobs) != len(messages) or len(knobs) > _MAX_KNOBS:
+        raise WireError(f"{len(messages)} knobs: at most {_MAX_KNOBS}, each once")
+    for name, values in knobs.items():
+        _check_size("knob", name, MAX_NAME_BYTES, least=1)
+        if len(values) > _MAX_DEPTHS or any(map(math.isnan, values)):
+            raise WireError(
+                f"knob {name}: {len(values)} values, must be at most {_MAX_DEPTHS}, none NaN"
+            )
     return knobs
+
+
+def _check_size(what: str, value: str | bytes, most: int, least: int = 0) -> None:
+    size = len(value.encode()) if isinstance(value, str) else len(value)
+    if not least <= size <= most:
+        raise WireError(f"{what} of {size} bytes: must be {least} to {most}")
+
+
+def _check_ms(what: str, value: float) -> None:
+    # NaN fails the comparison too.
+    if not 0 <= value < math.inf:
+        raise WireError(f"{what} {value}: must be finite and not negative")
+
+
+def _check_codecs(names: Sequence[str]) -> None:
+    if len(names) > _MAX_CODECS:
+        raise WireError(f"{len(names)} codecs: at most {_MAX_CODECS}")
+    for name in names:
+        _check_size("codec", name, MAX_NAME_BYTES)

@@ -1,7 +1,7 @@
 """The only loop that runs layers and lets rows leave.
 
-The device (ONNX Runtime), the torch reference and the cloud's engine give it their own `Layers`; what
-leaves when, and what is carried on, is decided in one place.
+The device (ONNX Runtime), the torch reference and the cloud's engine give it their own `Layers`;
+what leaves when, and what is carried on, is decided in one place.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Look(Generic[A]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step(Generic[A]):
-    """One layer further: the activations with the method's state brought up to date, and the look at
-    them where an exit head stands."""
+    """One layer further: the activations with the method's state brought up to date, and the look
+    at them where an exit head stands. Rows keep their number and order; tokens may be fewer."""
 
     acts: Activations[A]
     look: Look[A] | None
@@ -72,8 +72,8 @@ class Run(Generic[A]):
     left          who left where, shallowest first
     rest          the rows that have not left, at depth `stop`; None when all have
     rest_rows     their positions in the batch given to `run`
-    provisional   for the rest, the answer of the deepest look they had (its `rows` equal rest_rows);
-                  None when no exit head was passed. What a fallback answers with.
+    provisional   for the rest, the answer of the deepest look they had (its `rows` equal
+                  rest_rows); None when no exit head was passed. What a fallback answers with.
     """
 
     left: tuple[Leaving[A], ...]
@@ -91,7 +91,11 @@ def run(layers: Layers[A], acts: Activations[A], stop: int, knobs: Knobs) -> Run
     provisional: Leaving[A] | None = None
     while acts.depth < stop and rows.size:
         step = layers.step(acts, knobs)
+        # Our own invariants: a step that stands still would never end.
+        assert step.acts.depth == acts.depth + 1, f"a step from {acts.depth} to {step.acts.depth}"
         acts, look = step.acts, step.look
+        assert acts.batch_size == rows.size, f"{acts.batch_size} rows of {rows.size} after a step"
+        assert look is not None or acts.depth < layers.n_layers, "no exit head at full depth"
         if look is None:
             continue
         leave_B = np.ones(rows.size, bool) if acts.depth == layers.n_layers else look.leave_B
@@ -104,6 +108,8 @@ def run(layers: Layers[A], acts: Activations[A], stop: int, knobs: Knobs) -> Run
     return Run(tuple(left), acts if rows.size else None, rows, provisional)
 
 
-def _leaving(rows: NDArray[np.int64], at: NDArray[np.int64], depth: int, look: Look[A]) -> Leaving[A]:
+def _leaving(
+    rows: NDArray[np.int64], at: NDArray[np.int64], depth: int, look: Look[A]
+) -> Leaving[A]:
     answer: A = look.answer if at.size == rows.size else look.answer[at]  # type: ignore[index]
     return Leaving(rows[at], depth, answer, look.confidence_B[at])

@@ -1,4 +1,4 @@
-"""What a model and its exit method look like from outside: all that wire, worker and engine know of them.
+"""What a model and its exit method look like from outside: all that wire, worker and engine know.
 
 Read from a bundle's bundle.json; plain data, so that a device validates frames without torch.
 """
@@ -16,10 +16,16 @@ from offramp_common.runner import Knobs
 STATE_DTYPES = ("bool", "uint8", "int16", "int32", "int64", "float16", "float32")
 """What carried state may be made of: the types that numpy, torch and ONNX share."""
 
+MAX_NAME_BYTES = 64
+"""Of the names that travel: state entries and codecs."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateField:
-    """One entry of the state that an exit method carries: (B, *shape), or (B, T, *shape) per token."""
+    """One entry of the state that an exit method carries: (B, *shape), or (B, T, *shape) per token.
+
+    No axis is empty: an entry that holds nothing yet at some depth is left out of that depth's cut.
+    """
 
     dtype: str
     shape: tuple[int, ...] = ()
@@ -27,7 +33,10 @@ class StateField:
 
     def __post_init__(self) -> None:
         if self.dtype not in STATE_DTYPES or any(size < 1 for size in self.shape):
-            raise ValueError(f"state of dtype {self.dtype} and shape {self.shape}: not one of {STATE_DTYPES}")
+            raise ValueError(
+                f"state of dtype {self.dtype} and shape {self.shape}: dtypes are {STATE_DTYPES}, "
+                "sizes at least 1"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +69,12 @@ class CutSpec:
     vocabulary: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.depth < 0 or self.width < 1:
+            raise ValueError(f"depth {self.depth} and width {self.width}: at least 0 and 1")
         if len(self.vocabulary) != (self.width if self.integer else 0):
             raise ValueError(f"vocabulary {self.vocabulary} for {self.width} channels")
+        if not all(1 <= len(name.encode()) <= MAX_NAME_BYTES for name in self.state):
+            raise ValueError(f"state {sorted(self.state)}: names have 1 to {MAX_NAME_BYTES} bytes")
 
     def to_json(self) -> dict[str, Any]:
         state = {name: entry.to_json() for name, entry in self.state.items()}
@@ -80,6 +93,7 @@ class KnobSpec:
 
     never    the value at which no sample ever leaves early, whatever the model says
     low, high  the closed interval of values that make sense
+    integer  only whole numbers make sense: calibration tries them all
     """
 
     name: str
@@ -87,9 +101,16 @@ class KnobSpec:
     high: float
     never: float
     meaning: str
+    integer: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"low": self.low, "high": self.high, "never": self.never, "meaning": self.meaning}
+        return {
+            "low": self.low,
+            "high": self.high,
+            "never": self.never,
+            "meaning": self.meaning,
+            "integer": self.integer,
+        }
 
 
 def never_exit(knobs: tuple[KnobSpec, ...], n_layers: int) -> Knobs:

@@ -1,8 +1,8 @@
 """Codecs: hidden states of real tokens to bytes and back.
 
-A codec works on packed rows (N tokens, D): padding never travels. `CODECS` is the table; the name is
-what travels. Integer activations (token ids) always go through `tokens`, floating point ones through
-the codec that the device chose.
+A codec works on packed rows (N tokens, D): padding never travels. `CODECS` is the table; the name
+is what travels. Integer activations (token ids) always go through `tokens`, floating point ones
+through the codec that the device chose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def get_codec(name: str) -> Codec:
     try:
         return CODECS[name]
     except KeyError:
-        raise UnknownCodec(f"codec {name!r} is unknown here; known: {', '.join(CODECS)}") from None
+        raise UnknownCodec(
+            f"codec {name!r:.80} is unknown here; use one of {', '.join(CODECS)}"
+        ) from None
 
 
 __all__ = ["CODECS", "Codec", "get_codec"]

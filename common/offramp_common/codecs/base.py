@@ -1,4 +1,4 @@
-"""What a codec is: encode, decode, and the size without encoding (planner and simulator need that)."""
+"""What a codec is: encode, decode, and the size without encoding (for planner and simulator)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Codec(Protocol):
         """True for codecs of token ids, False for those of floating point hidden states."""
         ...
 
-    def encode(self, hidden_ND: NDArray[Any]) -> bytes: ...
+    def encode(self, hidden_ND: NDArray[Any]) -> bytes:
+        """`hidden_ND` is float32 or float16 (any integer type for integer codecs) and only read."""
+        ...
 
     def decode(self, data: bytes | memoryview, n_tokens: int, width: int) -> NDArray[Any]:
         """Float32 (int64 for integer codecs) of shape (n_tokens, width), in memory of its own.
@@ -35,5 +37,5 @@ class Codec(Protocol):
         ...
 
     def nbytes(self, n_tokens: int, width: int) -> int:
-        """Size of `encode`'s result for that shape; exact for every codec here."""
+        """Size of `encode`'s result for that shape: exact, but see TokenIds for ids above 65535."""
         ...

@@ -1,7 +1,11 @@
 """int8 with one scale a token: D + 4 bytes a token.
 
 Each token is scaled so that its largest magnitude becomes 127; the error is at most half a step,
-max|x| / 254 of that token. Scales are float32 and stand before the values.
+max|x| / 254 of that token, and float32 rounding. Scales are float32 and stand before the values.
+
+A NaN cannot be represented and becomes 0; an infinity becomes the largest float32. A token whose
+largest magnitude is below 127 * 2**-126 (1.5e-36), so that its scale would be denormal and too
+coarse, becomes zeros.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from offramp_common.codecs.sizes import check_size
 from offramp_common.errors import WireError
 
 _LEVELS = 127
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MIN_SCALE = np.finfo(np.float32).smallest_normal
+# The quotient rounds up, and 127 times it is infinite: one step down.
+_MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(_LEVELS), np.float32(0))
 
 
 @dataclass(frozen=True)
@@ -28,22 +34,41 @@ class Int8PerToken:
     integer: bool = False
 
     def encode(self, hidden_ND: NDArray[Any]) -> bytes:
-        # A NaN or infinity cannot be represented: it becomes 0 or the largest float.
-        hidden = np.nan_to_num(np.asarray(hidden_ND, dtype=np.float32))
-        scale_N1 = np.abs(hidden).max(axis=1, initial=0.0, keepdims=True) / _LEVELS
-        scale_N1 = scale_N1.astype("<f4")
-        # A token of zeros, or of denormals whose scale underflows, encodes as zeros.
-        safe_N1 = np.where(scale_N1 > 0, scale_N1, 1).astype(np.float32)
-        values = np.clip(np.rint(hidden / safe_N1), -_LEVELS, _LEVELS).astype(np.int8)
-        return scale_N1.tobytes() + values.tobytes()
+        hidden = np.asarray(hidden_ND, dtype=np.float32)
+        peak_N = _peak(hidden)
+        if not np.isfinite(peak_N).all():
+            hidden = np.nan_to_num(hidden)
+            peak_N = _peak(hidden)
+        scale_N = np.minimum(peak_N / _LEVELS, _MAX_SCALE)
+        scale_N[scale_N < _MIN_SCALE] = 0
+        # x / inf is 0: what a token without a scale encodes as.
+        step_N = np.where(scale_N > 0, scale_N, np.float32(np.inf))
+        steps_ND = hidden / step_N[:, None]
+        values_ND = np.rint(steps_ND, out=steps_ND).astype(np.int8)
+        return bytes(scale_N.astype("<f4").tobytes() + values_ND.tobytes())
 
     def decode(self, data: bytes | memoryview, n_tokens: int, width: int) -> NDArray[Any]:
         check_size(self.name, data, self.nbytes(n_tokens, width), n_tokens, width)
         scale_N = np.frombuffer(data, dtype="<f4", count=n_tokens)
-        if not np.all((scale_N >= 0) & (scale_N <= _FLOAT32_MAX / _LEVELS)):
-            raise WireError("codec int8: a scale is negative, too large or not a number")
-        values_ND = np.frombuffer(data, dtype=np.int8, offset=4 * n_tokens).reshape(n_tokens, width)
-        return np.multiply(values_ND, scale_N[:, None], dtype=np.float32)
+        if not np.all((scale_N >= 0) & (scale_N <= _MAX_SCALE)):
+            raise WireError(
+                f"codec int8: a scale outside 0 to {_MAX_SCALE:.8g}; send finite scales"
+            )
+        values = np.frombuffer(data, dtype=np.int8, offset=4 * n_tokens)
+        # No encoder writes -128, and times the largest scale it is infinite.
+        if values.min(initial=0) < -_LEVELS:
+            raise WireError(f"codec int8: a value below {-_LEVELS}; clip to +-{_LEVELS}")
+        out_ND = values.reshape(n_tokens, width).astype(np.float32)
+        out_ND *= scale_N[:, None]
+        return out_ND
 
     def nbytes(self, n_tokens: int, width: int) -> int:
         return n_tokens * (width + 4)
+
+
+def _peak(hidden_ND: NDArray[np.float32]) -> NDArray[Any]:
+    """Each token's largest magnitude; NaN where it has one."""
+    highest_N: NDArray[Any] = hidden_ND.max(axis=1, initial=0)
+    lowest_N: NDArray[Any] = hidden_ND.min(axis=1, initial=0)
+    peak_N: NDArray[Any] = np.maximum(highest_N, -lowest_N)
+    return peak_N
