@@ -70,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
     from offramp_common.bundle import Bundle
     from offramp_simulate import demo, demo_report
     from offramp_simulate.demo_view import View
+    from offramp_simulate.links import PROFILES
 
+    if args.link not in PROFILES:
+        raise ConfigError(f"--link {args.link}: no such profile; there are {', '.join(PROFILES)}")
     if args.report and not args.report.parent.is_dir():
         raise ConfigError(f"--report {args.report}: no directory {args.report.parent}")
     bundle_path = args.bundle or _shipped(_BUNDLE)

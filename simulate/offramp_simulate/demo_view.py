@@ -20,6 +20,7 @@ from rich.text import Text
 from offramp_simulate.demo import Record, Sentence, Strategy
 
 _SHOWN = 14
+_LOG_COLUMNS = 132  # a file has no width to fit
 _PLACES = {"device": "green", "cloud": "cyan", "fallback": "yellow"}
 
 
@@ -28,6 +29,8 @@ class View:
 
     def __init__(self, n_sentences: int, plan: Sequence[Strategy]) -> None:
         self._console = Console(stderr=True)
+        if not self._console.is_terminal:
+            self._console = Console(stderr=True, width=_LOG_COLUMNS)
         self._n, self._plan = n_sentences, list(plan)
         self._strategy: Strategy | None = None
         self._status = ""
