@@ -84,7 +84,9 @@ class Manifest:
             "format": FORMAT,
             "name": self.name,
             "task": {
-                "kind": self.task.kind, "labels": list(self.task.labels), "pair": self.task.pair
+                "kind": self.task.kind,
+                "labels": list(self.task.labels),
+                "pair": self.task.pair,
             },
             "family": self.family,
             "n_layers": self.n_layers,
@@ -154,11 +156,15 @@ class Bundle:
         """Raises BundleError, which says what is missing or damaged and what to do."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            raise BundleError(f"{path}: no bundle there ({MANIFEST} is missing); `offramp train` makes one")
+            raise BundleError(
+                f"{path}: no bundle there ({MANIFEST} is missing); `offramp train` makes one"
+            )
         try:
             manifest = Manifest.from_json(json.loads((path / MANIFEST).read_text()))
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})") from error
+            raise BundleError(
+                f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
+            ) from error
         for name in (WEIGHTS, TOKENIZER, BACKBONE):
             if not (path / name).is_file():
                 raise BundleError(f"{path}: {name} is missing; copy the whole directory again")
@@ -202,7 +208,9 @@ class Bundle:
     def _digests(self) -> tuple[bytes, ...]:
         m = self.manifest
         hashes = {
-            name: hashlib.blake2b(value.tobytes() + str(value.shape).encode(), digest_size=32).digest()
+            name: hashlib.blake2b(
+                value.tobytes() + str(value.shape).encode(), digest_size=32
+            ).digest()
             for name, value in self.tensors.items()
         }
         for alias, name in m.aliases.items():
@@ -242,7 +250,9 @@ class Bundle:
         missing = [n for n in self.manifest.aliases.values() if n not in self.tensors]
         missing += [e.scale for e in self.manifest.stored.values() if e.scale not in self.tensors]
         if missing:
-            raise BundleError(f"{self.path / WEIGHTS}: no tensor {missing[0]}; the file is of another bundle")
+            raise BundleError(
+                f"{self.path / WEIGHTS}: no tensor {missing[0]}; the file is of another bundle"
+            )
 
 
 def runs_from(name: str, depth: int) -> bool:

@@ -21,7 +21,9 @@ def add_command(subparsers: Any) -> None:
     ):
         sub = actions.add_parser(action, help=text)
         sub.add_argument("bundle", metavar="BUNDLE", help="the bundle's directory")
-        sub.add_argument("--json", metavar="FILE", help="write JSON to FILE (- for standard output)")
+        sub.add_argument(
+            "--json", metavar="FILE", help="write JSON to FILE (- for standard output)"
+        )
         sub.set_defaults(run=_run)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,6 +26,16 @@ from offramp_common.errors import CloudUnavailable, OfframpError
 
 OK, CHECK_FAILED, USAGE, UNREACHABLE, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
 _GROUP = "offramp.commands"
+_EXTRAS = {  # a package that the base install lacks -> the extra that brings it
+    "cryptography": "cloud",
+    "grpc_health": "cloud",
+    "grpc_reflection": "cloud",
+    "onnx": "torch",
+    "onnxscript": "torch",
+    "ray": "cloud",
+    "torch": "torch",
+    "transformers": "torch",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"offramp {args.command}: {error}", file=sys.stderr)
         return UNREACHABLE if isinstance(error, CloudUnavailable) else USAGE
     except ModuleNotFoundError as error:
-        extra = {"ray": "cloud", "cryptography": "cloud", "torch": "torch", "transformers": "torch"}
-        needed = extra.get((error.name or "").partition(".")[0])
+        needed = _EXTRAS.get((error.name or "").partition(".")[0])
         if needed is None:
-            raise
+            return _bug()
         print(
             f"offramp {args.command}: needs {error.name}; install it with: pip install 'offramp[{needed}]'",
             file=sys.stderr,
@@ -65,8 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, not even at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return OK
+    except Exception:  # noqa: BLE001 - the last resort: its traceback, and an exit code of its own
+        return _bug()
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    return BUG
 
 
 def write_json(value: Any, path: str) -> None:

@@ -25,7 +25,7 @@ class TextEncoder:
 
         try:
             self._tokenizer = Tokenizer.from_file(str(bundle.path / TOKENIZER))
-        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+        except Exception as error:
             raise BundleError(f"{bundle.path / TOKENIZER}: cannot be read ({error})") from error
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(bundle.manifest.max_tokens)
@@ -39,11 +39,15 @@ class TextEncoder:
             if isinstance(text, str) == self._pair:
                 wanted = "a pair of sentences" if self._pair else "one sentence"
                 raise ConfigError(f"input {text!r:.80}: this bundle takes {wanted}")
-        encodings = self._tokenizer.encode_batch([t if isinstance(t, str) else tuple(t) for t in texts])
+        encodings = self._tokenizer.encode_batch(
+            [t if isinstance(t, str) else tuple(t) for t in texts]
+        )
         lengths_B = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
         channels = [np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])]
         if self._channels > 1:
-            channels.append(np.concatenate([np.array(e.type_ids, dtype=np.int64) for e in encodings]))
+            channels.append(
+                np.concatenate([np.array(e.type_ids, dtype=np.int64) for e in encodings])
+            )
         return Activations(unpack(np.stack(channels, axis=1), lengths_B), lengths_B, depth=0)
 
 

@@ -63,8 +63,8 @@ class Policy(Protocol):
         """What crosses when the model is cut after the exit at `depth` has been looked at."""
         ...
 
-    def start(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
-        """The state before the first exit. It never crosses: the first exit makes it."""
+    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
+        """The state of these rows before the first exit. It never crosses: the first exit makes it."""
         ...
 
     def decide(
@@ -86,7 +86,7 @@ class ExitHead(nn.Module):
     ) -> tuple[Decision, dict[str, Tensor]]:
         """The decision, and the branch's outputs it was made from."""
         if self.first:
-            state = self.policy.start(hidden_BTD.shape[0], hidden_BTD.device)
+            state = self.policy.start(mask_BT)
         outputs = self.branch(hidden_BTD, mask_BT, state)
         return self.policy.decide(outputs, state, knobs, self.depth), outputs
 
@@ -122,7 +122,9 @@ def pool(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
     raise ValueError(f"pooling {pooling!r}: must be first or mean")
 
 
-def check_knobs(knobs: Mapping[str, tuple[float, ...]], specs: tuple[KnobSpec, ...], n: int) -> None:
+def check_knobs(
+    knobs: Mapping[str, tuple[float, ...]], specs: tuple[KnobSpec, ...], n: int
+) -> None:
     """Raises ValueError unless `knobs` gives each knob one value in range for each of `n` depths."""
     names = [spec.name for spec in specs]
     if sorted(knobs) != sorted(names):

@@ -26,9 +26,16 @@ class MultiExitModel(nn.Module):
         super().__init__()
         if spec.task.kind not in method.tasks:
             able = ", ".join(m.name for m in METHODS.values() if spec.task.kind in m.tasks)
-            raise ValueError(f"{method.name} has no rule for {spec.task.kind}; methods that have: {able}")
+            raise ValueError(
+                f"{method.name} has no rule for {spec.task.kind}; methods that have: {able}"
+            )
         depths = sorted(set(spec.exits))
-        if not depths or depths[0] < 1 or depths[-1] != spec.n_layers or spec.n_layers != backbone.n_layers:
+        if (
+            not depths
+            or depths[0] < 1
+            or depths[-1] != spec.n_layers
+            or spec.n_layers != backbone.n_layers
+        ):
             raise ValueError(
                 f"exits {spec.exits}: depths from 1 to {backbone.n_layers}, the last of them included"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from offramp_common import bundle as layout
 from offramp_common.activations import NumpyArray
 from offramp_common.bundle import Bundle, Manifest, write_manifest
-from offramp_common.errors import BundleError
+from offramp_common.errors import BundleError, ConfigError
 from offramp_common.runner import Knobs
 from offramp_common.spec import never_exit
 from offramp_common.weights import Stored, quantise_linear, quantise_table, unpack_weights
@@ -44,6 +45,8 @@ def save_model(path: Path, model: MultiExitModel, tokenizer_json: str, about: Ab
     from safetensors.numpy import save_file
 
     path.mkdir(parents=True, exist_ok=True)
+    # Graphs of other weights must not outlive them: their initialisers point into the new file.
+    shutil.rmtree(path / layout.GRAPHS, ignore_errors=True)
     tensors, stored, aliases = _pack(model)
     save_file(tensors, path / layout.WEIGHTS)
     (path / layout.TOKENIZER).write_text(tokenizer_json)
@@ -82,17 +85,25 @@ def load_model(bundle: Bundle) -> MultiExitModel:
         raise BundleError(
             f"{bundle.path}: exit method {m.method!r} is unknown to this version; known: {', '.join(METHODS)}"
         )
-    config = json.loads((bundle.path / layout.BACKBONE).read_text())
-    backbone = backbone_from_config(config)
-    spec = HeadSpec(m.task, backbone.width, m.n_layers, m.exits, m.settings)
-    model = MultiExitModel(backbone, METHODS[m.method], spec)
-    weights = unpack_weights(bundle.tensors, m.stored)
+    tensors = bundle.tensors
+    try:
+        backbone = backbone_from_config(json.loads((bundle.path / layout.BACKBONE).read_text()))
+        spec = HeadSpec(m.task, backbone.width, m.n_layers, m.exits, m.settings)
+        model = MultiExitModel(backbone, METHODS[m.method], spec)
+        weights = unpack_weights(tensors, m.stored)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{bundle.path}: manifest, {layout.BACKBONE} and {layout.WEIGHTS} do not fit each other "
+            f"({type(error).__name__}: {error}); `offramp bundle verify` finds a damaged file"
+        ) from error
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             value = weights.pop(name, None)
             if value is None or tuple(value.shape) != tuple(tensor.shape):
                 have = "missing" if value is None else f"of shape {value.shape}"
-                raise BundleError(f"{bundle.path}: tensor {name} is {have}, must be {tuple(tensor.shape)}")
+                raise BundleError(
+                    f"{bundle.path}: tensor {name} is {have}, must be {tuple(tensor.shape)}"
+                )
             tensor.copy_(torch.from_numpy(value))
     if weights:
         raise BundleError(f"{bundle.path}: tensor {min(weights)} belongs to no part of the model")

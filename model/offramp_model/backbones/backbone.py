@@ -19,6 +19,9 @@ class Backbone(nn.Module):
     shared       what every layer needs (MPNet's relative positions), or an empty module
     config       the transformers configuration, to build the same model again
     segments     number of segment ids the family knows (0: none)
+
+    pretrained_pooler   (weight, bias) of the checkpoint's own pooler, where it has one: what training
+                        starts exit heads from. Plain tensors, no part of the module's weights.
     """
 
     family = "bert"
@@ -37,7 +40,13 @@ class Backbone(nn.Module):
         super().__init__()
         self.embeddings, self.layers = embeddings, layers
         self.shared = nn.Module() if shared is None else shared
-        self.config, self.width, self.max_tokens, self.segments = config, width, max_tokens, segments
+        self.config, self.width, self.max_tokens, self.segments = (
+            config,
+            width,
+            max_tokens,
+            segments,
+        )
+        self.pretrained_pooler: tuple[Tensor, Tensor] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -59,7 +68,9 @@ class Backbone(nn.Module):
         hidden: Tensor = self.embeddings(input_ids=ids_BT, token_type_ids=segments_BT)
         return hidden
 
-    def run_layers(self, hidden_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int) -> Tensor:
+    def run_layers(
+        self, hidden_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int
+    ) -> Tensor:
         """Run [start, stop). mask_BT None means that every token is real."""
         bias_B11T = None
         if mask_BT is not None:

@@ -79,7 +79,9 @@ class _Albert(Backbone):
 def _albert(model: Any) -> Backbone:
     config, encoder = model.config, model.encoder
     per_group = config.num_hidden_layers / config.num_hidden_groups
-    groups = [encoder.albert_layer_groups[int(i / per_group)] for i in range(config.num_hidden_layers)]
+    groups = [
+        encoder.albert_layer_groups[int(i / per_group)] for i in range(config.num_hidden_layers)
+    ]
     return _Albert(
         _Projected(model.embeddings, encoder.embedding_hidden_mapping_in),
         nn.ModuleList(groups),
@@ -97,7 +99,9 @@ class _Electra(Backbone):
 def _electra(model: Any) -> Backbone:
     config = model.config
     projection = getattr(model, "embeddings_project", None)
-    embeddings = model.embeddings if projection is None else _Projected(model.embeddings, projection)
+    embeddings = (
+        model.embeddings if projection is None else _Projected(model.embeddings, projection)
+    )
     return _Electra(
         embeddings,
         model.encoder.layer,
@@ -162,28 +166,52 @@ def backbone_from_pretrained(name_or_path: str) -> Backbone:
 
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-        take_apart = _family(config)
-        return take_apart(AutoModel.from_pretrained(name_or_path, config=config))
+        take_apart = _family(config.model_type)
+        model, info = AutoModel.from_pretrained(
+            name_or_path, config=config, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"backbone {name_or_path!r}: cannot be loaded ({error}); give a directory that holds config.json and "
-            "model.safetensors, or a hub name with the network up"
+            f"backbone {name_or_path!r}: cannot be loaded ({error}); give a directory that holds "
+            "config.json and model.safetensors, or a hub name with the network up"
         ) from error
+    backbone = take_apart(model)
+    # A pooler that the checkpoint lacks is filled with random values by the library: no use.
+    if not any("pooler" in name for name in info["missing_keys"]):
+        backbone.pretrained_pooler = _pooler(model)
+    return backbone
 
 
 def backbone_from_config(config: dict[str, Any]) -> Backbone:
-    """The same architecture with fresh weights, from a configuration's dictionary."""
+    """The same architecture with fresh weights, from a configuration's dictionary.
+
+    Raises ConfigError for a family that is not supported and for settings that do not fit it.
+    """
     from transformers import AutoConfig, AutoModel
 
     settings = dict(config)
-    built = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return _family(built)(AutoModel.from_config(built))
+    family = str(settings.pop("model_type", None))
+    take_apart = _family(family)
+    try:
+        built = AutoConfig.for_model(family, **settings)
+        model = AutoModel.from_config(built)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ConfigError(f"configuration of a {family} backbone: {error}") from error
+    return take_apart(model)
 
 
-def _family(config: Any) -> Callable[[Any], Backbone]:
-    take_apart = FAMILIES.get(config.model_type)
+def _pooler(model: Any) -> tuple[Tensor, Tensor] | None:
+    pooler = getattr(model, "pooler", None)
+    dense = getattr(pooler, "dense", pooler)  # ALBERT's pooler is the linear layer itself
+    if not isinstance(dense, nn.Linear):
+        return None
+    return dense.weight.detach().clone(), dense.bias.detach().clone()
+
+
+def _family(name: str) -> Callable[[Any], Backbone]:
+    take_apart = FAMILIES.get(name)
     if take_apart is None:
         raise ConfigError(
-            f"backbone family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"backbone family {name!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     return take_apart

@@ -2,16 +2,18 @@
 
 Xin, Tang, Lee, Yu, Lin. ACL 2020. https://aclanthology.org/2020.acl-main.204
 
-The rule: at each exit take the entropy (in nats) of the exit head's softmax; a sample leaves at the first exit
-whose entropy is below a threshold S, strictly. Nothing is carried from exit to exit.
+The rule: at each exit take the entropy (in nats) of the exit head's softmax; a sample leaves at the
+first exit whose entropy is below a threshold S, strictly. Nothing is carried from exit to exit.
 
 Differs from the paper:
 1. Rows of a batch leave one by one; the published rule stops on a batch of one.
 2. A threshold may be given for each exit (the paper's code can, its experiments use one for all).
-3. The final layer's head is the ordinary pooler and classifier, as in the paper; the official code also builds an
-   off-ramp there and leaves it untrained, which we do not.
-4. Setting `pooling = "mean"` reads the mean of all real tokens instead of the first; the paper's is "first".
-5. Entropy is computed by log_softmax; the official sum(p * log p) is NaN for saturated logits, which then never leave.
+3. The final layer's head is the ordinary pooler and classifier, as in the paper; the official code
+   also builds an off-ramp there and leaves it untrained, which we do not.
+4. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
+5. Entropy is computed by log_softmax; the official sum(p * log p) is NaN for saturated logits,
+   which then never leave.
+6. Confidence is 1 - H / ln C, for the planner (no exit depends on it); the paper has none.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from offramp_model.methods.method import Method, Paper
 
 
 def entropy(logits_BC: Tensor) -> Tensor:
-    """H(softmax(z)) in nats, (B,); 0 for saturated logits, NaN only where a logit is NaN or all are infinite."""
+    """H(softmax(z)) in nats, (B,), at least 0; exactly 0 for saturated logits.
+
+    NaN where softmax is: a logit is NaN or +inf, or all are -inf.
+    """
     log_p_BC = torch.log_softmax(logits_BC, dim=-1)
     p_BC = log_p_BC.exp()
     # p log p -> 0 as p -> 0, where log p may be -inf.
@@ -45,7 +50,7 @@ class EntropyPolicy:
     def state_fields(self, depth: int) -> dict[str, StateField]:
         return {}
 
-    def start(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
         return {}
 
     def decide(

@@ -2,14 +2,21 @@
 
 Zhou, Xu, Ge, McAuley, Xu, Wei. NeurIPS 2020. https://arxiv.org/abs/2006.04152
 
-The rule: count how many exits in a row predicted the same class as the exit before (regression: a value less than
-tau from it); a disagreement sets the count to 0. A sample leaves when the count reaches the patience t, so at
-exit t + 1 at the earliest.
+The rule: count how many exits in a row predicted the same class as the exit before (regression: a
+value less than tau from it); a disagreement sets the count to 0. A sample leaves when the count
+reaches the patience t, so at exit t + 1 at the earliest.
 
 Differs from the paper:
 1. Counters are kept per row; the official code makes the whole batch agree (torch.all).
-2. "Never leave" is patience = number of layers; the official code's special case patience 0 is not offered.
-3. Setting `pooling = "mean"` reads the mean of all real tokens instead of the first; the paper's is "first".
+2. "Never leave" is patience = number of layers; the official code's special case patience 0 (run
+   the full model) is not offered.
+3. Patience and tau may be given for each exit: a row leaves where its count has reached that exit's
+   patience. With one value for all this is the paper's rule. Where exits stand after some layers
+   only, it is exits that are counted.
+4. A row with a NaN among its logits predicts no class and agrees with nothing; counts stop at 255.
+5. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
+6. Confidence is the count as a share of all layers, for the planner (no exit depends on it); the
+   paper has none.
 Not verified: the paper's best patience of 6 for ALBERT-base, and its learning-rate search.
 """
 
@@ -47,12 +54,14 @@ class PatiencePolicy:
         previous = StateField("float32" if self.regression else "int16")
         return {"count": StateField("uint8"), "previous": previous}
 
-    def start(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
         # Neither a class -1 nor a NaN ever agrees with anything.
-        none = torch.full((batch_size,), float("nan"), device=device)
+        none = torch.full((mask_BT.shape[0],), float("nan"), device=mask_BT.device)
         return {
-            "count": torch.zeros(batch_size, dtype=torch.uint8, device=device),
-            "previous": none if self.regression else torch.full_like(none, _NO_CLASS, dtype=torch.int16),
+            "count": torch.zeros_like(none, dtype=torch.uint8),
+            "previous": none
+            if self.regression
+            else torch.full_like(none, _NO_CLASS, dtype=torch.int16),
         }
 
     def decide(
@@ -66,9 +75,15 @@ class PatiencePolicy:
         else:
             # A row with a NaN predicts no class, so it cannot agree its way out.
             broken_B = logits_BC.isnan().any(dim=-1)
-            prediction_B = torch.where(broken_B, _NO_CLASS, logits_BC.argmax(dim=-1)).to(torch.int16)
-            agree_B = (prediction_B.to(torch.int32) == state["previous"].to(torch.int32)) & ~broken_B
-        count_B = torch.where(agree_B, (state["count"].to(torch.int32) + 1).clamp(max=_MAX_COUNT), 0)
+            prediction_B = torch.where(broken_B, _NO_CLASS, logits_BC.argmax(dim=-1)).to(
+                torch.int16
+            )
+            agree_B = (
+                prediction_B.to(torch.int32) == state["previous"].to(torch.int32)
+            ) & ~broken_B
+        count_B = torch.where(
+            agree_B, (state["count"].to(torch.int32) + 1).clamp(max=_MAX_COUNT), 0
+        )
         leave_B = count_B.to(torch.float32) >= knobs["patience"]
         confidence_B = count_B.to(torch.float32) / self.n_layers
         state = {"count": count_B.to(torch.uint8), "previous": prediction_B}
@@ -83,7 +98,7 @@ def _branches(spec: HeadSpec) -> nn.ModuleDict:
 def _knobs(spec: HeadSpec) -> tuple[KnobSpec, ...]:
     n = spec.n_layers
     meaning = "t: leave when so many exits in a row agreed with the one before"
-    patience = KnobSpec("patience", 1, n, never=n, meaning=meaning)
+    patience = KnobSpec("patience", 1, n, never=n, meaning=meaning, integer=True)
     if spec.task.kind == "classification":
         return (patience,)
     # tau = 0 never agrees, whatever the patience.

@@ -1,0 +1,65 @@
+"""Where and how often engines run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from dataclasses import dataclass, field
+
+from offramp_cloud.waiting import Load
+from offramp_common.errors import ConfigError
+from offramp_common.frames import Limits
+
+_CONNECT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What Serve is asked for, for each bundle.
+
+    replicas   engines;  threads   torch's, per replica, which asks Ray for as many CPUs
+    drain_s    how long a replica that is to go finishes what it has
+    """
+
+    replicas: int = 1
+    threads: int = 1
+    drain_s: float = 20.0
+    limits: Limits = field(default_factory=Limits)
+    load: Load = field(default_factory=Load)
+
+
+def secure_own_ray() -> None:
+    """Set the environment for a Ray of our own; to be called before ray is imported.
+
+    Ray's ports listen on all interfaces and unpickle what they take: never without a token. It
+    reads these variables once, when it is imported. Raises ConfigError when it has been already.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        if "ray" in sys.modules:
+            raise ConfigError(
+                "ray was imported without token authentication: set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN to a secret, before Python starts"
+            )
+        os.environ["RAY_AUTH_MODE"] = "token"
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def check_address(address: str) -> None:
+    """Raises ConfigError for the address of a Ray where nothing answers: Ray would try for a minute."""
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: give the head's HOST:PORT (its port is 6379), not a Ray client's"
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--address {address}: nothing answers there ({error}); start a Ray with "
+            "`ray start --head`, or leave --address out"
+        ) from error

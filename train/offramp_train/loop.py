@@ -1,0 +1,276 @@
+"""The training loop: stages of a recipe, epochs, updates; it goes on after a stop as if there was none."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp_model.split_model import MultiExitModel
+from offramp_train.batches import Batch, Epochs, Example, bucketed, collate
+from offramp_train.checkpoint import Checkpoints, Stopped, StopSignal
+from offramp_train.config import TrainConfig, Training
+from offramp_train.exit_answers import exit_quality
+from offramp_train.metrics import metric_of
+from offramp_train.progress import Report
+from offramp_train.quantise import StoredWeights
+from offramp_train.recipes import Recipe, Stage, set_trainable
+
+
+@dataclass(slots=True)
+class Cursor:
+    """What has been done. `best` is the watched quality of the best epoch of this stage."""
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best: float = -math.inf
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RunningMean:
+    """An exponential mean of the weights that learn (EMA), with a short warm-up."""
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.means = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for mean, parameter in zip(self.means, self.parameters, strict=True):
+            mean.lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the model has the means for weights."""
+        originals = [p.data for p in self.parameters]
+        try:
+            for parameter, mean in zip(self.parameters, self.means, strict=True):
+                parameter.data = mean
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, originals, strict=True):
+                parameter.data = data
+
+
+class Trainer:
+    """One training run of a model by a recipe."""
+
+    def __init__(
+        self,
+        model: MultiExitModel,
+        recipe: Recipe,
+        config: TrainConfig,
+        epochs: Epochs,
+        dev: Sequence[Example],
+        checkpoints: Checkpoints,
+        report: Report,
+        stop: StopSignal,
+    ) -> None:
+        self.model, self.recipe, self.config, self.epochs, self.dev = (
+            model,
+            recipe,
+            config,
+            epochs,
+            dev,
+        )
+        self.checkpoints, self.report, self.stop = checkpoints, report, stop
+        self.settings: Training = config.training
+        self.cursor = Cursor()
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the end, from a checkpoint where there is one; the model holds the kept weights.
+
+        Returns one record an epoch. Raises Stopped after saving a checkpoint when asked to stop.
+        """
+        saved = self.checkpoints.load()
+        torch.manual_seed(self.config.seed)
+        if saved is not None:
+            self.cursor = Cursor(**json.loads(saved["cursor"]))
+            self.model.load_state_dict(saved["model"])
+            self.report.say(
+                f"continuing at epoch {self.cursor.epoch + 1}, update {self.cursor.step}"
+            )
+        while self.cursor.stage < len(self.recipe.stages):
+            self._stage(self.recipe.stages[self.cursor.stage], saved)
+            saved = None
+        self.model.requires_grad_(True)
+        return self.cursor.history
+
+    def _stage(self, stage: Stage, saved: dict[str, Any] | None) -> None:
+        set_trainable(self.model, stage, self.settings.freeze_embeddings)
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.updates = self._updates()
+        self.weights = StoredWeights(self.model)
+        self.optimiser = _optimiser(self.model, self.settings)
+        self.mean = RunningMean(learning, self.settings.ema) if self.settings.ema else None
+        if saved is not None:
+            torch.set_rng_state(saved["rng"])
+        if saved is not None and saved["optimiser"]:
+            self.optimiser.load_state_dict(saved["optimiser"])
+            if self.mean is not None:
+                self.mean.means = saved["means"]
+        started = time.monotonic() - self.cursor.seconds
+        while self.cursor.epoch < self.settings.epochs:
+            self._epoch(stage, started)
+        if self.settings.keep == "best":
+            self.model.load_state_dict(self.checkpoints.load_best())
+        elif self.mean is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(learning, self.mean.means, strict=True):
+                    parameter.copy_(mean)
+        done, history = self.cursor.stage + 1, self.cursor.history
+        self.cursor = Cursor(stage=done, history=history)
+        self._save(between_stages=True)
+
+    def _epoch(self, stage: Stage, started: float) -> None:
+        cursor, settings = self.cursor, self.settings
+        # A generator of its own for each epoch: the order can be made again without storing it.
+        rng = random.Random(f"{self.config.seed}/{cursor.stage}/{cursor.epoch}")
+        altered = self.epochs.altered(cursor.epoch, settings.epochs)
+        examples = self.epochs.make(rng, altered)
+        batches = bucketed([len(e.ids) for e in examples], settings.batch, rng)
+        quantised = cursor.epoch >= settings.epochs - settings.quantise_epochs
+        self.model.train()
+        title = f"{stage.name}, epoch {cursor.epoch + 1} of {settings.epochs}"
+        with self.report.bar(title, len(batches), cursor.batch) as bar:
+            while cursor.batch < len(batches):
+                group = batches[cursor.batch : cursor.batch + settings.accumulate]
+                rows = [[examples[i] for i in batch] for batch in group]
+                loss = self._update(stage, rows, quantised)
+                cursor.loss_sum += loss * len(group)
+                cursor.batch += len(group)
+                cursor.seconds = time.monotonic() - started
+                bar.step(len(group), f"loss {cursor.loss_sum / cursor.batch:.3f}")
+                if self.stop.wanted:
+                    self._save()
+                    raise Stopped
+                if cursor.step % settings.checkpoint_steps == 0:
+                    self._save()
+        self._finish_epoch(stage, quantised, cursor.loss_sum / len(batches))
+        cursor.epoch, cursor.batch, cursor.loss_sum = cursor.epoch + 1, 0, 0.0
+        self._save()
+
+    def _updates(self) -> int:
+        """Of the whole stage."""
+        settings, total = self.settings, 0
+        for epoch in range(settings.epochs):
+            rows = self.epochs.size(self.epochs.altered(epoch, settings.epochs))
+            total += math.ceil(math.ceil(rows / settings.batch) / settings.accumulate)
+        return total
+
+    def _update(self, stage: Stage, group: list[list[Example]], quantised: bool) -> float:
+        """One update from a group of batches; the mean loss."""
+        settings, total = self.settings, 0.0
+        rate = schedule(self.cursor.step, self.updates, settings.warmup)
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = parameters["peak"] * rate
+        self.optimiser.zero_grad(set_to_none=True)
+        for examples in group:
+            with self.weights.swapped(quantised):
+                loss = self._loss(stage, collate(examples, self.model.channels))
+                (loss / len(group)).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        torch.nn.utils.clip_grad_norm_(learning, settings.clip)
+        self.optimiser.step()
+        self.cursor.step += 1
+        if self.mean is not None:
+            self.mean.update(self.cursor.step)
+        return total / len(group)
+
+    def _loss(self, stage: Stage, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
+            outputs = self.model(batch.inputs_BTF, batch.mask_BT)
+        answers = {depth: out["logits"].float() for depth, out in outputs.items()}
+        task = self.model.spec.task
+        return stage.loss(answers, batch.target_B, batch.weight_B, task, self.config.loss)
+
+    def _finish_epoch(self, stage: Stage, quantised: bool, loss: float) -> None:
+        cursor, settings = self.cursor, self.settings
+        if self.mean is None:
+            kept = self._look(stage)
+        else:
+            with self.mean.swapped():
+                kept = self._look(stage)
+        quality, watched, weights = kept
+        name, _ = metric_of(self.model.spec.task)
+        record = {"stage": stage.name, "epoch": cursor.epoch + 1, "loss": round(loss, 5)}
+        cursor.history.append(
+            {**record, f"dev_{name}": {str(d): round(q, 5) for d, q in quality.items()}}
+        )
+        shown = " ".join(f"{100 * q:.2f}" for q in quality.values())
+        self.report.say(
+            f"{stage.name}, epoch {cursor.epoch + 1} of {settings.epochs}: loss {loss:.4f}, "
+            f"dev {name} by exit {shown} (weights as stored), {cursor.seconds:.0f} s"
+        )
+        if (
+            settings.keep == "best"
+            and (quantised or not settings.quantise_epochs)
+            and watched > cursor.best
+        ):
+            cursor.best = watched
+            self.checkpoints.save_best(weights)
+
+    def _look(self, stage: Stage) -> tuple[dict[int, float], float, dict[str, Tensor]]:
+        """(quality of each exit on dev, the mean of those that the stage watches, the weights)."""
+        with self.weights.swapped():
+            quality = exit_quality(self.model, self.dev)
+        depths = {"final": [self.model.n_layers], "all": list(quality)}
+        watched = depths.get(stage.watches, list(quality)[:-1])
+        weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return quality, float(np.mean([quality[depth] for depth in watched])), weights
+
+    def _save(self, between_stages: bool = False) -> None:
+        self.checkpoints.save(
+            {
+                "cursor": json.dumps(asdict(self.cursor)),
+                "model": self.model.state_dict(),
+                "optimiser": {} if between_stages else self.optimiser.state_dict(),
+                "means": [] if self.mean is None else self.mean.means,
+                "rng": torch.get_rng_state(),
+            }
+        )
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear rise over the first `warmup` of the updates, linear fall to 0 after; 1 at the peak."""
+    warm = int(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return (steps - step) / max(steps - warm, 1)
+
+
+def _optimiser(model: MultiExitModel, settings: Training) -> torch.optim.AdamW:
+    """AdamW; biases and norms do not decay; exit heads may have a rate of their own."""
+    heads = {id(p) for p in model.exits.parameters()}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in heads, parameter.dim() > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": (settings.head_lr or settings.lr) if head else settings.lr,
+                "weight_decay": settings.weight_decay if matrix else 0.0,
+            }
+            for (head, matrix), parameters in groups.items()
+        ],
+        lr=settings.lr,
+        fused=True,
+    )
