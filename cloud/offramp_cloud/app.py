@@ -7,6 +7,8 @@ through handles, from its own event loop. docs/decisions/0003-cloud-data-path.md
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import logging
 import os
 import shutil
@@ -21,8 +23,8 @@ from typing import Any
 # through the object store, in this event loop rather than another thread's. Direct ingress, which
 # the first switch turns on too, would open ports for HTTP that nobody uses.
 _SWITCHES = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
-os.environ.update(_SWITCHES)
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+for _name, _value in (*_SWITCHES.items(), ("RAY_USAGE_STATS_ENABLED", "0")):
+    os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
@@ -229,11 +231,13 @@ def _await_replicas(owned: Owned, stopped: Callable[[], bool]) -> None:
         for name, app in apps.items():
             failed = app.status == ApplicationStatus.DEPLOY_FAILED
             if failed or time.monotonic() > until_s:
-                why = [app.message, *(each.message for each in app.deployments.values())]
+                said = [app.message, *(each.message for each in app.deployments.values())]
+                # Each ends with the reason; before it stands a replica's whole traceback.
+                why = "; ".join(text.strip().splitlines()[-1] for text in said if text.strip())
                 raise ConfigError(
-                    f"{name} {'cannot start' if failed else f'is not up after {_UP_S:g} s'}: "
-                    f"{' '.join(filter(None, why))} (in a cluster: is the bundle on every node, and "
-                    "has it as many CPUs as replicas x threads?)"
+                    f"{name} {'cannot start' if failed else f'is not up after {_UP_S:g} s'}: {why} "
+                    "(in a cluster: is the bundle on every node, and has it as many CPUs as replicas "
+                    "x threads?)"
                 )
         time.sleep(_POLL_S)
 
@@ -270,14 +274,16 @@ class Owned:
     temp_dir: str | None = None
 
     async def close(self) -> None:
-        logging.getLogger("ray").setLevel(logging.CRITICAL)  # it reports its own end as failures
-        try:
-            if ray.is_initialized() and self.temp_dir is not None:
-                await serve.shutdown_async()  # type: ignore[no-untyped-call]
-            elif ray.is_initialized():
-                for app in self.apps:
-                    await asyncio.to_thread(serve.delete, app)
-        finally:
-            await asyncio.to_thread(ray.shutdown)
-            if self.temp_dir is not None:
-                shutil.rmtree(self.temp_dir, ignore_errors=True)
+        # Ray reports its own end as failures, in its log and with `print`.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                if ray.is_initialized() and self.temp_dir is not None:
+                    await serve.shutdown_async()  # type: ignore[no-untyped-call]
+                elif ray.is_initialized():
+                    for app in self.apps:
+                        await asyncio.to_thread(serve.delete, app)
+            finally:
+                await asyncio.to_thread(ray.shutdown)
+                if self.temp_dir is not None:
+                    shutil.rmtree(self.temp_dir, ignore_errors=True)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _HEADER_BYTES = 64 * 2**10  # of a request, beside its frame
 _LAST_WRITES_S = 1.0
 _FIRST_PROBES = 8  # rounds, in which all replicas should be met
+_FIRST_PROBE_S = 10.0  # the first call to a replica sets up its connection
 _FORGET_S = 30.0  # a replica that has not answered for so long is gone
 
 
@@ -46,8 +47,8 @@ class GatewaySettings:
     admission: Admission = field(default_factory=Admission)
     max_rpcs: int = 1000
     drain_s: float = 20.0
-    probe_every_s: float = 2.0
-    probe_timeout_s: float = 5.0
+    probe_every_s: float = 1.0
+    probe_timeout_s: float = 1.5
 
 
 class Gateway:
@@ -62,9 +63,10 @@ class Gateway:
         self.settings = settings
         self.replicas: dict[tuple[str, int], Replica] = {}  # by bundle and process id
         self._heard_s: dict[tuple[str, int], float] = {}
+        self._answered_s: dict[str, float] = {}
         self._unserved: set[str] = set()
         self._doubt = asyncio.Event()
-        self.observers: list[Observer] = [log_served, self._doubt_after, *observers]
+        self.observers: list[Observer] = [log_served, self._note, *observers]
         self._credentials = credentials
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._server = grpc.aio.server(
@@ -100,7 +102,7 @@ class Gateway:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         for _ in range(_FIRST_PROBES):
-            await self.probe()
+            await self.probe(_FIRST_PROBE_S)
             if len(self.replicas) >= len(backend.bundles) * backend.replicas:
                 break
         if self._unserved:
@@ -146,17 +148,22 @@ class Gateway:
         """Requests that are being served."""
         return self._servicer.at_work if self._servicer else 0
 
-    async def probe(self) -> None:
-        """Ask each bundle's replicas, and set the health of all names."""
+    async def probe(self, timeout_s: float | None = None) -> None:
+        """Ask each bundle's replicas, and set the health of all names.
+
+        `timeout_s`: probe_timeout_s by default."""
         backend, now_s = self._backend, time.monotonic()
+        timeout_s = self.settings.probe_timeout_s if timeout_s is None else timeout_s
         assert backend is not None, "a gateway probes once it has been started"
         for bundle in backend.bundles:
             # Who answers is up to the backend; twice as many questions as replicas reach most.
-            asked = [self._ask(backend, bundle) for _ in range(2 * backend.replicas)]
+            asked = [self._ask(backend, bundle, timeout_s) for _ in range(2 * backend.replicas)]
             for replica in filter(None, await asyncio.gather(*asked)):
                 self.replicas[bundle, replica.pid] = replica
                 self._heard_s[bundle, replica.pid] = time.monotonic()
         heard = {bundle for (bundle, _), at_s in self._heard_s.items() if at_s >= now_s}
+        # A question may be late where there is much work; answers are a sign of life, too.
+        heard |= {bundle for bundle, at_s in self._answered_s.items() if at_s >= now_s}
         self._unserved = set(backend.bundles) - heard
         for key in [key for key, at_s in self._heard_s.items() if now_s - at_s > _FORGET_S]:
             del self._heard_s[key], self.replicas[key]
@@ -165,17 +172,18 @@ class Gateway:
         for name in ("", SERVICE):
             await self._health.set(name, _serving(not self._unserved))
 
-    async def _ask(self, backend: Backend, bundle: str) -> Replica | None:
+    async def _ask(self, backend: Backend, bundle: str, timeout_s: float) -> Replica | None:
         try:
-            async with asyncio.timeout(self.settings.probe_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 return await backend.probe(bundle)
         except (CloudUnavailable, TimeoutError):
             return None
 
-    def _doubt_after(self, served: Served) -> None:
-        """A request that found no replica is a reason to ask at once."""
-        if served.status == grpc.StatusCode.UNAVAILABLE.name:
-            self._doubt.set()
+    def _note(self, served: Served) -> None:
+        if served.status == grpc.StatusCode.OK.name:
+            self._answered_s[served.bundle] = time.monotonic()
+        elif served.status == grpc.StatusCode.UNAVAILABLE.name:
+            self._doubt.set()  # found no replica: a reason to ask at once
 
 
 def split_address(listen: str) -> tuple[str, int]:
@@ -208,7 +216,7 @@ def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
         # Without this a second server on the same port starts happily and takes half the calls.
         ("grpc.so_reuseport", 0),
         # Devices may ping every 5 s, with no call open: on mobile links that keeps paths open.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         # And a device that has gone without a word is found out, and its work cancelled.
         ("grpc.keepalive_time_ms", 20_000),

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
 from offramp_cloud.backends import Backend, LocalBackend
 from offramp_cloud.gateway import Gateway, GatewaySettings
@@ -34,13 +35,32 @@ log = logging.getLogger("offramp_cloud")
 def serve(args: argparse.Namespace) -> int:
     """Returns the exit code; raises ConfigError for a set-up that cannot work."""
     _configure_log(args.json_log)
-    names = [Bundle.read(path).manifest.name for path in args.bundle]
+    bundles = [Bundle.read(path) for path in args.bundle]
+    names = [bundle.manifest.name for bundle in bundles]
     if len(set(names)) != len(names):
         raise ConfigError(f"bundles {names}: two share a name; devices ask for bundles by name")
-    return asyncio.run(_serve(args))
+    for bundle in bundles:
+        bundle.verify()  # a replica that finds the damage tells it late and at length
+    with _stdout_alone() as ready_line:
+        return asyncio.run(_serve(args, ready_line))
 
 
-async def _serve(args: argparse.Namespace) -> int:
+@contextlib.contextmanager
+def _stdout_alone() -> Iterator[TextIO]:
+    """Standard output for our one line; what else writes there, Ray's processes too, goes to
+    standard error meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with open(kept, "w", closefd=False) as stdout:
+            yield stdout
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+async def _serve(args: argparse.Namespace, ready_line: TextIO) -> int:
     stop = _Stop()
     gateway = Gateway(_settings(args), _credentials(args))
     metrics = Metrics(lambda: gateway.replicas)
@@ -54,7 +74,7 @@ async def _serve(args: argparse.Namespace) -> int:
             backend = await _backend(args, stop)
             if not stop.told_while_starting():
                 await gateway.start(backend)
-                _announce(gateway, listening, metrics_at)
+                _announce(gateway, listening, metrics_at, ready_line)
                 await stop.told.wait()
                 log.info("stopping: no new requests, up to %g s for those at work", args.drain_s)
         except Exception:
@@ -124,7 +144,7 @@ def _credentials(args: argparse.Namespace) -> grpc.ServerCredentials | None:
     return server_credentials(args.tls_dir, require_client=args.require_client_cert)
 
 
-def _announce(gateway: Gateway, listening: str, metrics_at: str | None) -> None:
+def _announce(gateway: Gateway, listening: str, metrics_at: str | None, ready_line: TextIO) -> None:
     """The one line on standard output, and the same for people."""
     bundles = sorted({bundle for bundle, _ in gateway.replicas})
     ready = {
@@ -134,7 +154,7 @@ def _announce(gateway: Gateway, listening: str, metrics_at: str | None) -> None:
         "replica_pids": sorted({pid for _, pid in gateway.replicas}),
         "metrics": metrics_at,
     }
-    print(json.dumps(ready), flush=True)
+    print(json.dumps(ready), file=ready_line, flush=True)
     log.info("listening on %s for %s", listening, ", ".join(bundles))
 
 

@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
 
-class ProtocolMismatch(RequestError):  # noqa: N818 - named as in errors.py
+class ProtocolMismatch(RequestError):
     """The two tiers speak different versions of the contract."""
 
 
-class UnknownBundle(RequestError):  # noqa: N818
+class UnknownBundle(RequestError):
     """No bundle of that name is served here."""
 
 

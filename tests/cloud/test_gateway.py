@@ -191,7 +191,7 @@ async def test_a_hello_that_does_not_fit_is_refused_with_what_to_do(
 async def test_a_stream_answers_good_requests_between_bad_ones(world: World, door: Door) -> None:
     stream = door.stub.CompleteStream()
     acts = {f"r{i}": world.rows((4 + i % 5,), i % 4, seed=i) for i in range(24)}
-    bad = {
+    bad: dict[str, tuple[Any, dict[str, Any]]] = {
         "r3": (Status.INVALID_ARGUMENT, {"frame": b"\x96garbage"}),
         "r8": (Status.FAILED_PRECONDITION, {"digest": b"\1" * 16}),
         "r13": (Status.NOT_FOUND, {"bundle": "other"}),
@@ -225,26 +225,18 @@ async def test_garbage_on_a_stream_harms_no_request_behind_it(world: World, door
     assert_same(completion_from_pb(got["r"].reply), world.local(world.rows((5,), 1)))
 
 
-async def test_replies_on_a_stream_come_as_they_are_ready(world: World, door: Door) -> None:
-    slow = await _first_of(door, world, [("slow", [20] * 60, 0), ("quick", [3], 3)])
-    assert slow == ["slow", "quick"]  # the slow one was alone when it came: it is run first
-    both = await _first_of(
-        door, world, [("slow", [20] * 60, 1), ("late", [20] * 60, 2), ("q", [3], 1)]
-    )
-    assert both == ["slow", "q", "late"]
-
-
-async def _first_of(
-    door: Door, world: World, requests: list[tuple[str, list[int], int]]
-) -> list[str]:
-    """The order of the replies to requests sent in this order."""
+async def test_replies_on_a_stream_come_as_they_are_ready(
+    world: World, door: Door, watched: WatchedLayers
+) -> None:
     stream = door.stub.CompleteStream()
-    for name, lengths, depth in requests:
-        await stream.write(
-            offload_to_pb(world.offload(lengths, depth, request_id=name, codec="int8"))
-        )
-    await stream.done_writing()
-    return [reply.reply.request_id async for reply in stream]
+    with watched.held():
+        for name, depth in (("first", 0), ("deep", 3), ("shallow", 1), ("middle", 2)):
+            await stream.write(offload_to_pb(world.offload(depth=depth, request_id=name)))
+            await asyncio.to_thread(watched.entered.wait)
+        await stream.done_writing()
+        await _until(lambda: door.gateway.at_work == 4)
+    order = [reply.reply.request_id async for reply in stream]
+    assert order == ["first", "shallow", "middle", "deep"]
 
 
 async def test_a_stream_has_only_so_many_requests_at_work(
