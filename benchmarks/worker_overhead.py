@@ -30,13 +30,17 @@ from offramp_common.text import TextEncoder, label_of
 from offramp_edge import EdgeWorker, load_bundle
 from offramp_edge.runtime import OnnxLayers
 
-_WORDS = ["please", "wake", "me", "up", "at", "seven", "tomorrow", "and", "tell", "what", "the", "weather", "is", "going", "to", "be", "like", "in", "town", "because", "there", "is", "a", "meeting", "with", "some", "people", "from", "the", "bank", "about", "money", "for", "our", "new", "house"]
+_TEXT = (
+    "please wake me up at seven tomorrow and tell what the weather is going to be like in town "
+    "because there is a meeting with some people from the bank about money for our new house"
+)
 
 
 def texts(count: int) -> list[str]:
     """Of 4 to 12 words."""
+    words = _TEXT.split()
     return [
-        " ".join(_WORDS[(i * 7 + k) % len(_WORDS)] for k in range(4 + i % 9)) for i in range(count)
+        " ".join(words[(i * 7 + k) % len(words)] for k in range(4 + i % 9)) for i in range(count)
     ]
 
 
@@ -130,14 +134,12 @@ def main() -> int:
             line += f"{row[f'{kind}_ms']:8.3f}"
             line += f"{row[f'{kind}_overhead_ms']:9.3f} ({low:.3f} to {high:.3f})"
         print(line, file=out)
+    print(f"{args.rounds} rounds of {args.samples} samples; {machine()}; {commit()}", file=out)
     if args.json:
         about = {
-            "command": " ".join(["python", *sys.argv]),
+            "hardware": machine(),
+            "commit": commit(),
             "bundle": args.bundle.name,
-            "commit": _commit(),
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "load_average": os.getloadavg()[0],
             "rows": rows,
         }
         text = json.dumps(about, indent=1) + "\n"
@@ -148,9 +150,22 @@ def main() -> int:
     return 0
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def machine() -> str:
+    """The hardware and what ran on it, in one line."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return (
+        f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "not in a commit"
 
 
 if __name__ == "__main__":

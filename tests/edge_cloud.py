@@ -17,7 +17,7 @@ from offramp_cloud.host import Host
 from offramp_cloud.served import Served
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
-from offramp_common.runner import Knobs, Look, Step
+from offramp_common.runner import Knobs, Step
 from offramp_model.split_model import TorchLayers, to_numpy, to_torch
 
 
@@ -30,9 +30,9 @@ class TorchAsNumpy:
 
     def step(self, acts: Activations[NumpyArray], knobs: Knobs) -> Step[NumpyArray]:
         step = self._layers.step(to_torch(acts), knobs)
-        look: Look[NumpyArray] | None = None
-        if step.look is not None:
-            look = replace(step.look, answer=step.look.answer.numpy())  # type: ignore[type-var]
+        look: Any = step.look
+        if look is not None:
+            look = replace(look, answer=look.answer.numpy())
         return Step(to_numpy(step.acts), look)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from offramp_common.bundle import Bundle
@@ -48,9 +49,17 @@ def _show(bundle: Bundle, json_path: str | None) -> int:
     for precision, knobs in m.operating_points.items():
         shown = "; ".join(f"{k} = {', '.join(f'{v:.4g}' for v in vs)}" for k, vs in knobs.items())
         lines.append(f"  {precision:<10} {shown}")
-    lines += [f"  {point}" for point in m.curve]
+    for point in m.curve:
+        if point.get("kind") == "operating point":
+            told = {k: v for k, v in point.items() if k not in ("kind", "precision", "leaving")}
+            lines.append(f"  measured   {point['precision']}: {_words(told)}")
+            lines.append(f"             leaving at {_words(point['leaving'])}")
     print("\n".join(lines), file=sys.stderr)
     return OK
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
 
 
 def _verify(bundle: Bundle, json_path: str | None) -> int:

@@ -7,16 +7,10 @@ coming back at the same moment too (Brooker, "Exponential Backoff And Jitter", A
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
-from offramp_common.clock import Clock
-from offramp_common.errors import CloudUnavailable, ConfigError
-
-T = TypeVar("T")
+from offramp_common.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +34,3 @@ class Backoff:
     def wait_s(self, failures: int, rng: random.Random) -> float:
         """A wait drawn evenly from 0 to `longest_s`."""
         return rng.uniform(0.0, self.longest_s(failures))
-
-
-async def retry(
-    call: Callable[[], Awaitable[T]],
-    backoff: Backoff,
-    *,
-    until_s: float,
-    clock: Clock,
-    rng: random.Random,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    retry_on: tuple[type[Exception], ...] = (CloudUnavailable,),
-) -> T:
-    """`call` again and again until it answers; only for what may be done twice.
-
-    The last error is raised when the next attempt would begin after `until_s` on the clock; errors
-    other than `retry_on` at once.
-    """
-    failures = 0
-    while True:
-        try:
-            return await call()
-        except retry_on:
-            wait_s = backoff.wait_s(failures, rng)
-            if clock.now() + wait_s >= until_s:
-                raise
-        failures += 1
-        await sleep(wait_s)

@@ -22,7 +22,7 @@ from offramp_common.errors import ConfigError, RequestError
 from offramp_common.text import label_of
 from offramp_edge.answers import CLOUD, DEVICE, FALLBACK, Answer, Sample, Stages
 from offramp_edge.device import AT_ONCE_S, Device, Passed, Progress
-from offramp_edge.session import CloudSession, NotAnswered
+from offramp_edge.session import CloudSession, Finished, NotAnswered
 from offramp_edge.settings import EXIT, EdgeSettings
 
 log = logging.getLogger("offramp.edge")
@@ -211,17 +211,22 @@ class Agent:
             finally:
                 self.air.release()
         except (TimeoutError, NotAnswered) as error:
-            reason = error.reason if isinstance(error, NotAnswered) else "timeout"
+            reason = "timeout"
+            if isinstance(error, NotAnswered):
+                reason, flight.bytes_up = error.reason, error.bytes_up
             late = self._clock.now() >= asked_s + left_s - _TICK_S
             raise NotAnswered("deadline" if late else reason) from error
+        return self._finished(flight, done, 1000 * waited_s)
+
+    def _finished(self, flight: _Flight, done: Finished, waited_ms: float) -> Answer:
+        """The cloud's answer, and what it cost; `waited_ms` for room in the air."""
         completion = done.completion
-        cloud_ms = completion.queue_ms + completion.compute_ms
         flight.stages = replace(
             flight.stages,
-            queue=flight.stages.queue + 1000 * waited_s,
+            queue=flight.stages.queue + waited_ms,
             encode=done.encode_ms,
             network=done.network_ms,
-            cloud=cloud_ms,
+            cloud=completion.queue_ms + completion.compute_ms,
         )
         flight.bytes_up, flight.bytes_down = done.bytes_up, done.bytes_down
         passed = Passed(

@@ -67,7 +67,8 @@ class Answer:
     split        layers that the device was to run; the model's depth where it runs all
     confidence   the exit method's, in [0, 1]
     ms           from when the worker took the sample until it was answered
-    bytes_up     the request as serialized, frame and envelope (HTTP/2 and TLS come on top)
+    bytes_up     the request as serialized, frame and envelope (HTTP/2 and TLS come on top); also
+                 where it was sent in vain
     """
 
     id: str

@@ -88,7 +88,10 @@ def worker_from(args: argparse.Namespace) -> EdgeWorker:
 
 def log_to_stderr(verbose: bool) -> None:
     import logging
+    import os
 
+    # What gRPC's core says of a lost connection, the worker says once and in its own words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("offramp.edge").setLevel(logging.DEBUG if verbose else logging.INFO)
 

@@ -1,13 +1,14 @@
 """Work over gRPC: the one place that knows gRPC's calls, options and status codes.
 
-All work of one device goes over one long-lived stream, matched by request id: half the CPU of a call
-for each, and a third of the bytes beside the frame (benchmarks/unary_or_stream.py).
+All work of one device goes over one long-lived stream, matched by request id: beside a call for each
+that saves a third of the bytes around a message and about a tenth of the device's CPU
+(benchmarks/unary_or_stream.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -70,7 +71,10 @@ _OPTIONS = (
 
 
 class GrpcTransport:
-    """A `Transport` over one channel. Made and used in one event loop."""
+    """A `Transport` over one channel. Made and used in one event loop.
+
+    on_lost   called when a connection that stood is gone, with or without work in flight
+    """
 
     def __init__(
         self,
@@ -89,6 +93,8 @@ class GrpcTransport:
             self._channel = grpc.aio.secure_channel(target, credentials, options=options)
         self._stub: Any = pb_grpc.OffloadServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._stream: _Stream | None = None
+        self.on_lost: Callable[[], None] = lambda: None
+        self._watching = asyncio.create_task(self._watch())
 
     async def hello(self, hello: Hello, *, timeout_s: float) -> Welcome:
         try:
@@ -110,9 +116,19 @@ class GrpcTransport:
         return completion_from_pb(outcome.reply)
 
     async def close(self) -> None:
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
         if self._stream is not None:
             await self._stream.close()
         await self._channel.close(None)
+
+    async def _watch(self) -> None:
+        state = self._channel.get_state()
+        while True:
+            await self._channel.wait_for_state_change(state)
+            before, state = state, self._channel.get_state()
+            if before is grpc.ChannelConnectivity.READY:
+                self.on_lost()
 
 
 class _Stream:

@@ -43,7 +43,7 @@ class Input:
     """Samples from an open file; iterated in a thread of its own, ended by `stop`.
 
     asked   by sample id, for those that have not been answered: whoever takes an answer pops it
-    nbytes  read so far, for progress
+    nbytes  of the lines given out so far, for progress
     """
 
     fd: int
@@ -95,6 +95,7 @@ class Input:
         while chunk := self._read():
             *lines, held = (held + chunk).split(b"\n")
             for line in lines:
+                self.nbytes += len(line) + 1
                 yield None if too_long or len(line) > MAX_LINE_BYTES else line
                 too_long = False
             if len(held) > MAX_LINE_BYTES:
@@ -107,9 +108,7 @@ class Input:
     def _read(self) -> bytes:
         while not self.stop.is_set():
             if select.select([self.fd], [], [], _LOOK_S)[0]:
-                chunk = os.read(self.fd, _CHUNK)
-                self.nbytes += len(chunk)
-                return chunk
+                return os.read(self.fd, _CHUNK)
         return b""
 
 

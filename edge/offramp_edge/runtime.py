@@ -1,13 +1,14 @@
 """The device's layers: a bundle's graphs, run by ONNX Runtime.
 
 Rows run one by one, each trimmed to its own length. So a batch gives bit for bit what its rows give
-alone, in int8 too, and no padding is computed; one core gains nothing from batching them
-(docs/decisions/0002-device-graphs.md).
+alone, in int8 too, and no padding is computed. A device has one sample at a time; on one core a full
+batch of equal lengths would gain about a fifth (docs/decisions/0002-device-graphs.md).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -78,9 +79,11 @@ class OnnxLayers:
         looks = [step.look for step in steps if step.look is not None]
         return Step(join([step.acts for step in steps]), _join_looks(looks) if looks else None)
 
-    def measure(self, n_tokens: int = 32, repeats: int = 20) -> tuple[float, ...]:
+    def measure(
+        self, n_tokens: int = 32, repeats: int = 20, clock: Callable[[], float] = perf_counter
+    ) -> tuple[float, ...]:
         """Milliseconds of each layer, its exit head included, for one row of `n_tokens`: medians of
-        `repeats` runs after one that warms up."""
+        `repeats` runs after one that warms up. `clock` gives seconds."""
         ids = np.ones((1, n_tokens, self.bundle.cuts[0].width), np.int64)
         start = Activations(ids, np.array([n_tokens]), depth=0)
         knobs = never_exit(self.bundle.manifest.knobs, self.n_layers)
@@ -88,9 +91,9 @@ class OnnxLayers:
         for _ in range(repeats + 1):
             acts, times = start, []
             for _ in range(self.n_layers):
-                began = perf_counter()
+                began = clock()
                 acts = self.step(acts, knobs).acts
-                times.append((perf_counter() - began) * 1e3)
+                times.append((clock() - began) * 1e3)
             runs.append(times)
         return tuple(median(layer) for layer in zip(*runs[1:], strict=True))
 
@@ -112,7 +115,7 @@ class OnnxLayers:
         for name, value in {
             # Idle threads of one session would spin, and take the cores from the next one's.
             "session.intra_op.allow_spinning": "0",
-            # Else the int8 matrices of fp32 graphs would be dequantised in every run.
+            # Else fp32 graphs would keep their int8 matrices, and quantise activations to match.
             "session.disable_quant_qdq": "1",
             # Weights lie outside the graph's folder: refused, unless the graph comes as bytes and
             # the folder is named.

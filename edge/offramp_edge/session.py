@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from offramp_common import __version__
 from offramp_common.activations import Activations, NumpyArray
@@ -49,16 +51,20 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
 )
 _DOUBT_S = 1.0
 """Doubts are settled by a handshake at most this often."""
+_SOONEST_DOUBT_S = 0.25
+_UNUSUAL = 4.0  # times the usual time of an answer
+_NEW = 0.2  # weight of the latest answer in the usual time
 _FEWEST_PROBE_MS = 500.0
 _PROBE_ROUND_TRIPS = 5  # connecting takes up to three with TLS, the handshake one
 
 
-class NotAnswered(Exception):  # noqa: N818 - not an error: the device answers instead
-    """The cloud did not answer; `reason` is a key of answers.REASONS."""
+class NotAnswered(Exception):
+    """The cloud did not answer; `reason` is a key of answers.REASONS, `bytes_up` what was spent."""
 
     def __init__(self, reason: str, message: str = "") -> None:
         super().__init__(message or reason)
         self.reason = reason
+        self.bytes_up = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +76,13 @@ class Finished:
     network_ms: float
     bytes_up: int
     bytes_down: int
+
+
+@runtime_checkable
+class TellsOfLoss(Protocol):
+    """A transport that notices, with nothing in flight, that its connection is gone."""
+
+    on_lost: Callable[[], None]
 
 
 class CloudSession:
@@ -89,9 +102,13 @@ class CloudSession:
         self._cut, self._digest = bundle.cuts[plan.split], bundle.digest(plan.split)
         backoff = Backoff(settings.backoff_ms / 1000, settings.backoff_max_ms / 1000)
         self.breaker = Breaker(backoff, rng, self._give_up_waiting)
+        if isinstance(transport, TellsOfLoss):
+            # The next cloud behind the address may be another one: greet before it is sent work.
+            transport.on_lost = self.breaker.ask.set
         self.link = Link(clock)
         self._agreed: Agreed | None = None
         self._waits: set[asyncio.Timeout] = set()
+        self._usual_s: float | None = None  # what an answer takes, a moving average
         self._requests = 0
         self._name = f"{rng.getrandbits(48):012x}"  # request ids of two devices must differ
 
@@ -137,15 +154,17 @@ class CloudSession:
         sent_s = self._clock.now()
         left_s = until_s - sent_s
         work = replace(work, deadline_ms=max(1000 * left_s, 1.0))
+        bytes_up = offload_to_pb(work).ByteSize()
         try:
             done = await self._sent(work, left_s)
             check_completion(work, done, self._cut.depth, self._manifest)
         except Exception as error:  # no sample is lost, whatever a transport does
-            raise self._not_answered(error, welcomes) from error
+            why = self._not_answered(error, welcomes)
+            why.bytes_up = 0 if why.reason == "unavailable" else bytes_up
+            raise why from error
         self.breaker.answered()
         cloud_ms = done.queue_ms + done.compute_ms
         network_ms = max(0.0, 1000 * (self._clock.now() - sent_s) - cloud_ms)
-        bytes_up = offload_to_pb(work).ByteSize()
         self.link.transferred(bytes_up, network_ms)
         return Finished(
             done,
@@ -156,13 +175,25 @@ class CloudSession:
         )
 
     async def _sent(self, work: Offload, timeout_s: float) -> Completion:
-        """Raises TimeoutError when time is up, or the cloud is put aside meanwhile."""
+        """Raises TimeoutError when time is up, or the cloud is put aside meanwhile. A reply that is
+        unusually late is a reason to ask whether the cloud is there at all."""
+        loop = asyncio.get_running_loop()
+        began_s, doubt = loop.time(), None
+        if self._usual_s is not None:
+            doubt_s = max(_SOONEST_DOUBT_S, _UNUSUAL * self._usual_s)
+            doubt = loop.call_later(doubt_s, self.breaker.ask.set)
         async with asyncio.timeout(timeout_s) as wait:
             self._waits.add(wait)
             try:
-                return await self._transport.complete(work, timeout_s=timeout_s)
+                done = await self._transport.complete(work, timeout_s=timeout_s)
             finally:
                 self._waits.discard(wait)
+                if doubt is not None:
+                    doubt.cancel()
+        took_s = loop.time() - began_s
+        usual_s = took_s if self._usual_s is None else self._usual_s
+        self._usual_s = usual_s + _NEW * (took_s - usual_s)
+        return done
 
     async def _wait_for_welcome(self, timeout_s: float) -> float:
         """Milliseconds waited for the first handshake to end."""

@@ -33,10 +33,10 @@ from offramp_common.text import Text, TextEncoder
 from offramp_common.transport import Transport
 from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer, Failed, Sample
-from offramp_edge.connect import connector
+from offramp_edge.connect import Connect, connector
 from offramp_edge.device import Device
 from offramp_edge.session import CloudSession
-from offramp_edge.settings import EdgeSettings, plan_for
+from offramp_edge.settings import EdgeSettings, Plan, plan_for
 from offramp_edge.sources import Given, samples
 from offramp_edge.stream import Result, Stream
 
@@ -81,26 +81,12 @@ class EdgeWorker:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
         self.settings = (settings or EdgeSettings()).changed(overrides)
         plan = plan_for(self.bundle, self.settings)
-        connect = connector(cloud, ca, cert, key, insecure) if transport is None else None
-        if layers is None:
-            from offramp_edge.runtime import OnnxLayers
-
-            layers = OnnxLayers(self.bundle, plan.precision, self.settings.threads)
-        clock, encode = MonotonicClock(), TextEncoder(self.bundle)
+        connect = (
+            connector(cloud, ca, cert, key, insecure) if transport is None else lambda: transport
+        )
+        layers = layers or _graphs(self.bundle, plan.precision, self.settings.threads)
+        encode = TextEncoder(self.bundle)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="offramp-layers")
-
-        async def make() -> Agent:
-            device = Device(layers, encode, plan.knobs, clock, self._compute)
-            used = connect() if connect is not None else transport
-            session = None
-            if used is not None and plan.split < self.bundle.n_layers:
-                session = CloudSession(
-                    used, self.bundle, plan, self.settings, clock, random.Random()
-                )
-            agent = Agent(self.bundle, device, session, plan.split, self.settings, clock)
-            await agent.start()
-            return agent
-
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="offramp-edge", daemon=True
@@ -108,7 +94,7 @@ class EdgeWorker:
         self._thread.start()
         self._closed = False
         try:
-            self.agent = self._do(make())
+            self.agent = self._do(self._start(plan, layers, encode, connect))
         except BaseException:
             self._stop()
             raise
@@ -202,6 +188,23 @@ class EdgeWorker:
     ) -> None:
         await asyncio.to_thread(self.close)
 
+    async def _start(
+        self, plan: Plan, layers: Layers[NumpyArray], encode: TextEncoder, connect: Connect
+    ) -> Agent:
+        clock, settings, session = MonotonicClock(), self.settings, None
+        device = Device(layers, encode, plan.knobs, clock, self._compute)
+        transport = connect() if plan.split < self.bundle.n_layers else None
+        if transport is not None:
+            rng = random.Random()
+            session = CloudSession(transport, self.bundle, plan, settings, clock, rng)
+        agent = Agent(self.bundle, device, session, plan.split, settings, clock)
+        try:
+            await agent.start()
+        except BaseException:
+            await agent.close()
+            raise
+        return agent
+
     def _stream(self, source: AsyncGenerator[Sample | Failed, None], ordered: bool) -> Stream:
         return Stream(self.agent, source, ordered, self.settings.max_in_flight)
 
@@ -232,6 +235,13 @@ class EdgeWorker:
         self._thread.join()
         self._loop.close()
         self._compute.shutdown()
+
+
+def _graphs(bundle: Bundle, precision: str, threads: int) -> Layers[NumpyArray]:
+    # Loaded late: who brings layers of another runtime needs no ONNX Runtime.
+    from offramp_edge.runtime import OnnxLayers
+
+    return OnnxLayers(bundle, precision, threads)
 
 
 def _sample(text: Text | Sample, id: str, deadline_ms: float | None) -> Sample:

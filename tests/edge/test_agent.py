@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import AsyncGenerator, Iterator
 
 import numpy as np
 import pytest
@@ -101,6 +102,8 @@ def test_a_failure_in_flight_is_answered_here_to_the_end(mode: str) -> None:
         answer = await world.answer(HARD)
         assert (answer.where, answer.reason) == ("fallback", REASON_OF[mode])
         assert answer.exit_depth == local(HARD, LAYERS.knobs())[0]
+        # What was sent in vain was spent all the same.
+        assert (answer.bytes_up > 0) == (mode != "gone")
 
     in_world(scenario)
 
@@ -235,17 +238,17 @@ def test_while_the_cloud_is_aside_samples_do_not_wait_for_it() -> None:
     in_world(scenario)
 
 
-def test_a_link_that_swallows_everything_costs_one_timeout_and_one_handshake() -> None:
+def test_a_link_that_swallows_everything_is_found_out_before_the_timeout() -> None:
     async def scenario(world: World) -> None:
         await world.answer(HARD)
+        await asyncio.sleep(2)  # doubts are settled once a second at most
         world.cloud.mode = "silent"
         began = world.loop.time()
         reasons = [(await world.answer(HARD)).reason for _ in range(20)]
-        # The second sample waits no longer than the handshake that the first one's silence caused.
+        # The first one's silence was unusual after 0.25 s; the handshake then had 0.5 s.
         assert reasons == ["timeout"] * 20
         assert world.breaker.state == "aside"
-        took = world.loop.time() - began
-        assert took < 2.0 + 0.5 + 20 * N * LAYER_S + 0.1
+        assert world.loop.time() - began < 0.25 + 0.5 + 20 * N * LAYER_S + 0.01
 
     in_world(scenario)
 
@@ -266,7 +269,7 @@ def test_a_cloud_that_greets_but_does_not_answer_is_put_aside_all_the_same() -> 
 def test_one_late_reply_does_not_put_the_cloud_aside() -> None:
     async def scenario(world: World) -> None:
         await world.answer(HARD)
-        world.cloud.mode = "slow"
+        world.cloud.mode = "greets"
         assert (await world.answer(HARD)).reason == "timeout"
         world.cloud.mode = "up"
         assert world.breaker.state == "up"
@@ -370,10 +373,9 @@ def test_knobs_travel_only_where_they_differ_from_the_clouds() -> None:
 
     async def other(world: World) -> None:
         await world.answer(HARD)
-        assert world.cloud.works[-1][1].knobs == never_exit(
-            world.agent.session._manifest.knobs,
-            N,  # type: ignore[union-attr]
-        )
+        session = world.agent.session
+        assert session is not None
+        assert world.cloud.works[-1][1].knobs == never_exit(session._manifest.knobs, N)
 
     async def shallow_only(world: World) -> None:
         await world.answer(HARD)
@@ -425,7 +427,7 @@ def test_no_more_than_max_in_flight_are_in_the_air() -> None:
 def test_the_source_is_read_only_as_there_is_room() -> None:
     read = 0
 
-    def source() -> object:
+    def source() -> Iterator[str]:
         nonlocal read
         for text in [HARD] * 100:
             read += 1
@@ -480,17 +482,17 @@ def test_a_failed_item_passes_through_in_its_place() -> None:
 
 
 def test_what_the_source_raises_comes_after_the_answers_before_it() -> None:
-    def source() -> object:
+    def source() -> Iterator[str]:
         yield HARD
         yield EASY
         raise OSError("the disk is gone")
 
     async def scenario(world: World) -> None:
         stream = world.stream(source())
-        assert [(await stream.following()).where, (await stream.following()).where] == [
-            "cloud",
-            "device",
-        ]  # type: ignore[union-attr]
+        for where in ("cloud", "device"):
+            answer = await stream.following()
+            assert isinstance(answer, Answer)
+            assert answer.where == where
         with pytest.raises(OSError, match="the disk is gone"):
             await stream.following()
 
@@ -592,7 +594,7 @@ def test_whatever_fails_and_when_no_sample_is_lost(
         count = sum(samples for _, samples, _ in history)
         words = texts(count, seed=len(history))
 
-        async def source() -> object:
+        async def source() -> AsyncGenerator[Sample, None]:
             index = 0
             for mode, samples, pause_s in history:
                 world.cloud.mode = mode

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from offramp_edge.answers import Failed
 from offramp_edge.grpc_transport import GrpcTransport
 
 TEXTS = [f"w{i % 96} w{i * 7 % 96} w{i * 11 % 13}" for i in range(60)]
-HARD_KNOBS = {"exits": False}
+HARD_KNOBS: dict[str, Any] = {"exits": False}
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -88,7 +89,7 @@ async def test_many_in_flight_are_not_mixed_up(bundle: Bundle, layers: TorchAsNu
         depth, logits = local(bundle, layers, text)
         assert (answer.where, answer.exit_depth) == ("cloud", depth)
         # The cloud runs them in batches: float32 sums in another order, logits below 20.
-        np.testing.assert_allclose(answer.logits, logits, atol=1e-4)
+        np.testing.assert_allclose(np.array(answer.logits), np.array(logits), atol=1e-4)
 
 
 async def test_bytes_are_those_that_the_gateway_got(bundle: Bundle, layers: TorchAsNumpy) -> None:
@@ -119,7 +120,7 @@ async def test_over_tls(
     bundle: Bundle, layers: TorchAsNumpy, tls_dir: Path, with_device_certificate: bool
 ) -> None:
     credentials = certs.server_credentials(tls_dir, require_client=with_device_certificate)
-    files = {"ca": tls_dir / "ca.pem"}
+    files: dict[str, Any] = {"ca": tls_dir / "ca.pem"}
     if with_device_certificate:
         files |= {"cert": tls_dir / "kiosk-7.pem", "key": tls_dir / "kiosk-7.key"}
     async with (
@@ -153,7 +154,7 @@ async def test_a_device_that_is_not_let_in_answers_alone(
     bundle: Bundle, layers: TorchAsNumpy, tls_dir: Path, required: str
 ) -> None:
     credentials = certs.server_credentials(tls_dir, require_client=required == "no certificate")
-    files = {"ca": tls_dir / "ca.pem"} if required == "no certificate" else {}
+    files: dict[str, Any] = {"ca": tls_dir / "ca.pem"} if required == "no certificate" else {}
     async with (
         cloud_of(bundle, credentials=credentials) as cloud,
         EdgeWorker(bundle, cloud.address, layers=layers, **files, **HARD_KNOBS) as worker,
@@ -209,6 +210,25 @@ async def test_a_cloud_that_stops_and_starts_again_is_used_again(
             async with cloud_of(bundle, listen=address):
                 await until(lambda: up(worker))
                 assert (await worker.answer_async(TEXTS[0])).where == "cloud"
+
+
+async def test_a_connection_lost_without_traffic_is_noticed_and_greeted_again(
+    bundle: Bundle, layers: TorchAsNumpy
+) -> None:
+    async with cloud_of(bundle) as cloud:
+        worker = EdgeWorker(
+            bundle, cloud.address, layers=layers, **HARD_KNOBS, backoff_max_ms=300.0
+        )
+        async with worker:
+            assert (await worker.answer_async(TEXTS[0])).where == "cloud"
+            await cloud.stop()
+            await until(lambda: state(worker) == "aside")
+            async with cloud_of(bundle, listen=cloud.address) as again:
+                await until(lambda: up(worker))
+                assert (await worker.answer_async(TEXTS[0])).where == "cloud"
+                hello, work = again.served
+                assert not hello.request_id
+                assert work.request_id
 
 
 async def test_a_link_cut_in_mid_run_loses_no_sample(bundle: Bundle, layers: TorchAsNumpy) -> None:
