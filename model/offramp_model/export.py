@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from offramp_common.bundle import GRAPHS, Bundle, write_manifest
 from offramp_common.spec import CutSpec, StateField
-from offramp_model.onnx_graph import LINEAR_DOMAIN, OPSET, PRECISIONS, LayerGraph
+from offramp_model.onnx_graph import LINEAR_DOMAIN, OPSET, PRECISIONS, LayerGraph, drop_mask
 from offramp_model.onnx_weights import Weights
 from offramp_model.split_model import MultiExitModel
 from offramp_model.store import load_model
@@ -79,8 +79,8 @@ class Captured:
 def capture(model: MultiExitModel, index: int, heads: bool = True) -> Captured:
     """Trace layer `index`; `heads` False leaves its exit head out (to measure what it costs)."""
     segment = _Segment(model, index, heads).eval()
-    hidden, rest = segment.example()
-    named = segment.named(hidden, rest)
+    hidden, mask, rest = segment.example()
+    named = segment.named(hidden, mask, rest)
     same = _same(named)
     segment.kept = [name for name in named if name not in same]
     per_token = [field.per_token for field in segment.fields.values()]
@@ -88,7 +88,7 @@ def capture(model: MultiExitModel, index: int, heads: bool = True) -> Captured:
     dims = [free if flag else fixed for flag in per_token] + [fixed] * len(segment.knobs)
     with _quiet():
         program = torch.export.export(
-            segment, (hidden, rest), dynamic_shapes=(free, dims), strict=False
+            segment, (hidden, mask, rest), dynamic_shapes=(free, free, dims), strict=False
         )
         exported = torch.onnx.export(
             program,
@@ -99,6 +99,7 @@ def capture(model: MultiExitModel, index: int, heads: bool = True) -> Captured:
         )
     assert exported is not None
     graph = exported.model.graph
+    drop_mask(graph, graph.inputs[1])
     for value, name in zip(graph.inputs, segment.input_names, strict=True):
         value.name = name
     _name_outputs(graph, segment.kept)
@@ -123,7 +124,7 @@ class _Segment(nn.Module):
         states = [f"in.state.{name}" for name in self.fields]
         return ["in.hidden", *states, *(f"knob.{name}" for name in self.knobs)]
 
-    def example(self) -> tuple[Tensor, list[Tensor]]:
+    def example(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         cut, t = self.model.cut(self.index), _EXAMPLE_TOKENS
         dtype = torch.int64 if cut.integer else torch.float32
         states = [
@@ -131,24 +132,23 @@ class _Segment(nn.Module):
             for f in self.fields.values()
         ]
         # A tensor for each knob: the exporter takes one that is given twice for a single input.
-        knobs = [torch.zeros(()) for _ in self.knobs]
-        return torch.ones((1, t, cut.width), dtype=dtype), states + knobs
+        mask, knobs = torch.ones((1, t), dtype=torch.bool), [torch.zeros(()) for _ in self.knobs]
+        return torch.ones((1, t, cut.width), dtype=dtype), mask, states + knobs
 
-    def forward(self, hidden: Tensor, rest: list[Tensor]) -> tuple[Tensor, ...]:
-        named = self.named(hidden, rest)
+    def forward(self, hidden: Tensor, mask: Tensor, rest: list[Tensor]) -> tuple[Tensor, ...]:
+        named = self.named(hidden, mask, rest)
         return tuple(named[name] for name in self.kept)
 
-    def named(self, hidden: Tensor, rest: list[Tensor]) -> dict[str, Tensor]:
+    def named(self, hidden: Tensor, mask: Tensor, rest: list[Tensor]) -> dict[str, Tensor]:
         """All outputs by name, in the graph's order."""
         backbone, head = self.model.backbone, self.head[0]
         hidden_BTD = hidden if self.index else backbone.embed(hidden)
         hidden_BTD = backbone.run_layers(hidden_BTD, None, self.index, self.index + 1)
         if head is None:
             return {"hidden": hidden_BTD}
-        mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool)
         state = dict(zip(self.fields, rest, strict=False))
         knobs = dict(zip(self.knobs, rest[len(state) :], strict=True))
-        decision, outputs = head(hidden_BTD, mask_BT, state, knobs)
+        decision, outputs = head(hidden_BTD, mask, state, knobs)
         return {
             "hidden": hidden_BTD,
             "leave": decision.leave_B,

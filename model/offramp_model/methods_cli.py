@@ -78,24 +78,18 @@ def _knobs(method: Any, spec: Any, tasks: dict[str, Any]) -> dict[str, Any]:
 def _print(methods: list[dict[str, Any]]) -> None:
     import sys
 
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(show_lines=True)
-    for column in ("method", "paper", "leaves when", "tasks", "knobs", "carried", "recipe"):
-        shown.add_column(column, overflow="fold")
     for m in methods:
-        carried = f"{m['carried_bytes_per_row']} B a sample"
+        carried = f"{m['carried_bytes_per_row']} bytes a sample"
         if m["carried_bytes_per_token"]:
-            carried += f", {m['carried_bytes_per_token']} B a token"
-        fields = [f"{name} ({dtype})" for name, (dtype, _, _) in m["carried"].items()]
-        shown.add_row(
-            m["name"],
-            f"{m['paper']} ({m['venue']})\n{m['link']}",
-            m["rule"],
-            ", ".join(m["tasks"]),
-            "\n".join(f"{name}: {knob['meaning']}" for name, knob in m["knobs"].items()),
-            "\n".join([carried, *fields]) if fields else "nothing",
-            m["recipe"],
-        )
-    Console(file=sys.stderr).print(shown)
+            carried += f", {m['carried_bytes_per_token']} bytes a token"
+        fields = ", ".join(f"{name} {dtype}" for name, (dtype, _, _) in m["carried"].items())
+        lines = [
+            f"{m['name']}: {m['paper']}",
+            f"  {m['authors']}. {m['venue']}. {m['link']}",
+            f"  rule     {m['rule']}",
+            f"  tasks    {', '.join(m['tasks'])}",
+            *(f"  knob     {name}: {knob['meaning']}" for name, knob in m["knobs"].items()),
+            f"  carried  {f'{carried} ({fields})' if fields else 'nothing'}",
+            f"  recipe   {m['recipe']}",
+        ]
+        print("\n".join(lines), file=sys.stderr)

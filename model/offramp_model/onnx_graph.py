@@ -18,6 +18,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.convenience import replace_all_uses_with
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from offramp_model.onnx_weights import Weights
 
@@ -42,7 +44,6 @@ class LayerGraph:
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._quantised: dict[str, tuple[str, str, str, str]] = {}
-        self._true: set[str] = set()
         self._n_names = 0
 
     def write(self, graph: ir.Graph, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -51,11 +52,7 @@ class LayerGraph:
         for name, value in graph.initializers.items():
             names[name] = self._parameter(name, value)
         for node in graph:
-            inputs = [names.get(_name(v), _name(v)) for v in node.inputs]
-            if self._drops_mask(node, inputs):
-                names[_name(node.outputs[0])] = inputs[1]
-            else:
-                self._node(node, inputs)
+            self._node(node, [names.get(_name(v), _name(v)) for v in node.inputs])
         used = {name for node in self._nodes for name in node.input}
         written = helper.make_graph(
             self._nodes,
@@ -86,23 +83,6 @@ class LayerGraph:
         if entry is not None:
             self._initializers[entry.scale] = self._weights.tensor(entry.scale)
         return stored
-
-    def _drops_mask(self, node: ir.Node, inputs: list[str]) -> bool:
-        """Whether a node is Where(all true, x, y), which is x: a graph has no padding to mask."""
-        output = node.outputs[0]
-        if inputs and (inputs[0] in self._true or self._is_true(inputs[0])):
-            if node.op_type in ("Expand", "Unsqueeze", "Reshape"):
-                self._true.add(_name(output))
-            elif node.op_type == "Where" and not output.is_graph_output():
-                x = node.inputs[1]
-                return x is not None and x.shape is not None and x.shape == output.shape
-        return False
-
-    def _is_true(self, name: str) -> bool:
-        constant = self._initializers.get(name)
-        if constant is None or constant.data_type != TensorProto.BOOL:
-            return False
-        return bool(numpy_helper.to_array(constant).all())
 
     def _node(self, node: ir.Node, inputs: list[str]) -> None:
         output = _name(node.outputs[0])
@@ -188,6 +168,51 @@ class LayerGraph:
 
 def _name(value: ir.Value | None) -> str:
     return "" if value is None or value.name is None else value.name
+
+
+def drop_mask(graph: ir.Graph, mask: ir.Value) -> None:
+    """Make the input `mask`, (1, T) and all true, no input: a layer's graph has no padding.
+
+    What heads do with a mask, where(mask, x, 0) and the mean over real tokens, costs several times
+    less without; any other use is left, and given a mask made from the number of tokens.
+    """
+    ones, counts = {mask}, set()
+    for node in list(graph):
+        output, first = node.outputs[0], node.inputs[0] if node.inputs else None
+        if node.op_type in ("Unsqueeze", "Cast") and first in ones:
+            ones.add(output)
+        elif _sums_tokens(node) and first in ones:
+            counts.add(output)
+        elif node.op_type == "Where" and first in ones:
+            x = node.inputs[1]
+            if x is not None and x.shape is not None and x.shape == output.shape:
+                _replace(output, x)
+        elif node.op_type == "Div" and node.inputs[1] in counts and first is not None:
+            total = first.producer()
+            if total is not None and _sums_tokens(total) and not total.attributes["keepdims"].value:
+                mean = ir.node("ReduceMean", total.inputs, {"keepdims": 0})
+                graph.insert_before(node, mean)
+                _replace(output, mean.outputs[0])
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=IR_VERSION))
+    if mask.uses():
+        sizes = ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 2})
+        true = ir.node("ConstantOfShape", sizes.outputs, {"value": ir.tensor([True])})
+        graph.insert_before(graph[0], [sizes, true])
+        _replace(mask, true.outputs[0])
+    graph.inputs.remove(mask)
+
+
+def _sums_tokens(node: ir.Node) -> bool:
+    """Whether it is ReduceSum(x, axes=[1])."""
+    axes = node.inputs[1] if node.op_type == "ReduceSum" and len(node.inputs) == 2 else None
+    if axes is None or axes.const_value is None:
+        return False
+    return bool(axes.const_value.numpy().tolist() == [1])
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    new.shape, new.type = old.shape, old.type
+    replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _axis(node: ir.Node) -> int:

@@ -173,6 +173,27 @@ def test_epsilon_is_refused_because_no_method_offers_a_guarantee(folder: Path) -
 
 
 @pytest.mark.slow
+def test_a_kept_checkpoint_makes_the_bundle_again_without_training(folder: Path) -> None:
+    words = [
+        "train",
+        "--backbone",
+        folder / "checkpoint",
+        "--data",
+        folder / "topics",
+        "--keep-work",
+    ]
+    words += ["--method", "pabee", "--epochs", 1, "--out", folder / "kept"]
+    assert "epoch 1 of 1" in _offramp(*words).stderr
+    first = Bundle.read(folder / "kept")
+    assert "exists; give --overwrite" in _offramp(*words, code=2).stderr
+    done = _offramp(*words, "--overwrite", "--name", "again")
+    assert "epoch 1 of 1" not in done.stderr
+    second = Bundle.read(folder / "kept")
+    assert second.manifest.name == "again"
+    assert second.digest(0) == first.digest(0)
+
+
+@pytest.mark.slow
 def test_a_killed_command_continues_to_the_same_bundle(folder: Path) -> None:
     def words(out: Path) -> list[str]:
         flags = ["train", "--backbone", folder / "checkpoint", "--data", folder / "topics"]

@@ -205,6 +205,14 @@ def test_thresholds_are_found_exit_by_exit(cases: list[Case]) -> None:
     assert strict.score.mean_depth >= point.score.mean_depth
 
 
+def test_one_threshold_for_all_exits_when_that_is_asked_for(cases: list[Case]) -> None:
+    recording, target = _hand_made()
+    scorer = cases[0].scorer(recording, target)
+    point = calibrate(scorer, Goal(max_drop=3.0, per_exit=False))
+    assert len(set(point.knobs["threshold"])) == 1
+    assert point.drop <= 3.0
+
+
 def test_weights_change_what_is_lost(cases: list[Case]) -> None:
     recording, target = _hand_made()
     scorer = cases[0].scorer(recording, target)

@@ -45,6 +45,8 @@ class Request:
 
     work      where checkpoints are kept; OUT.part by default
     command   as given, for the model card
+    keep_work   leave the finished training's checkpoint, so that the same command can make the bundle
+                again, with another calibration or card, without training
     """
 
     config: TrainConfig
@@ -55,6 +57,7 @@ class Request:
     overwrite: bool = False
     restart: bool = False
     max_minutes: float | None = None
+    keep_work: bool = False
 
     @property
     def work_dir(self) -> Path:
@@ -110,7 +113,8 @@ def train_bundle(request: Request, report: Report) -> Bundle:
     if request.out.exists():
         shutil.rmtree(request.out)
     shutil.move(made, request.out)
-    shutil.rmtree(work)
+    if not request.keep_work:
+        shutil.rmtree(work)
     return Bundle.read(request.out)
 
 
@@ -235,7 +239,8 @@ def _with_graphs(bundle: Bundle, report: Report) -> Bundle:
 def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Report) -> Bundle:
     """Calibrated on dev, measured on test (on dev where there is none)."""
     name, _ = metric_of(bundle.manifest.task)
-    goal = Goal(max_drop=config.calibration.max_drop, margin=config.calibration.margin)
+    chosen = config.calibration
+    goal = Goal(max_drop=chosen.max_drop, margin=chosen.margin, per_exit=chosen.per_exit)
     weights = dict(config.calibration.label_weights)
     points: dict[str, Knobs] = {}
     curve: list[Mapping[str, Any]] = []

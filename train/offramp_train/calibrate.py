@@ -23,11 +23,14 @@ class Goal:
     max_drop    points of quality (hundredths) that may be lost against full depth
     mean_depth  layers that a row may run on average
     margin      points kept in hand, because calibration data is only a sample
+    per_exit    move continuous knobs exit by exit; False keeps one value for all of them, which leaves
+                later but carries over to other data better
     """
 
     max_drop: float | None = None
     mean_depth: float | None = None
     margin: float = 0.0
+    per_exit: bool = True
 
     def __post_init__(self) -> None:
         if (self.max_drop is None) == (self.mean_depth is None):
@@ -95,7 +98,7 @@ def calibrate(scorer: Scorer, goal: Goal) -> Point:
     for knobs in common_points(scorer, grids):
         best.look(knobs)
     moved = [spec for spec in scorer.specs if not spec.integer]
-    if scorer.memoryless and moved and best.knobs is not None:
+    if goal.per_exit and scorer.memoryless and moved and best.knobs is not None:
         start = best.knobs
         for price in _PRICES:
             _descend(best, start, moved, grids, price)

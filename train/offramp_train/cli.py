@@ -48,6 +48,9 @@ def add_train_command(subparsers: Any) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="throw a stopped run's checkpoint away"
     )
+    parser.add_argument(
+        "--keep-work", action="store_true", help="keep the checkpoint of the finished training"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace BUNDLE if it is there")
     parser.set_defaults(run=_train)
 
@@ -78,6 +81,7 @@ def _train(args: argparse.Namespace) -> int:
         args.overwrite,
         args.restart,
         args.max_minutes,
+        args.keep_work,
     )
     report.say(f"{torch.get_num_threads()} threads, checkpoints in {request.work_dir}")
     try:
@@ -163,6 +167,9 @@ def add_calibrate_command(subparsers: Any) -> None:
     parser.add_argument(
         "--margin", type=float, default=0.0, help="points of --max-drop kept in hand"
     )
+    parser.add_argument(
+        "--common", action="store_true", help="one value for all exits, rather than one for each"
+    )
     parser.add_argument("--precision", choices=["fp32", "int8", "all"], default="all")
     parser.add_argument(
         "--label-weights",
@@ -183,7 +190,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             "--epsilon: no method of this version offers a guarantee; use --max-drop or --mean-depth"
         )
     _set_threads(args.threads)
-    goal = Goal(args.max_drop, args.mean_depth, args.margin)
+    goal = Goal(args.max_drop, args.mean_depth, args.margin, not args.common)
     result = recalibrate(
         Bundle.read(args.bundle),
         _rows(args),

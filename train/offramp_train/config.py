@@ -121,6 +121,8 @@ class Calibration:
     """[calibration]: the operating point that the bundle gets, found on dev.
 
     max_drop       points of quality it may cost;  margin: points kept in hand
+    per_exit       thresholds may differ from exit to exit (see calibrate.Goal)
+    per_exit       whether each exit may have a value of its own (see calibrate.Goal)
     label_weights  label -> weight of its rows, where dev has another mix of labels than real use
     shift_label    a label (out of scope) whose logit is lowered at every exit, after training, until the rows
                    of all others have the accuracy `shift_others` (in percent) on dev at full depth; "": none
@@ -128,6 +130,7 @@ class Calibration:
 
     max_drop: float = 1.0
     margin: float = 0.0
+    per_exit: bool = True
     label_weights: Mapping[str, float] = field(default_factory=dict)
     shift_label: str = ""
     shift_others: float = 0.0

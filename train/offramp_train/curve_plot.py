@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 400, 64, 56, 40, 24
 _COLOURS = ("#1f6f8b", "#c8553d", "#588157", "#7b4b94")
+
+
+Place = Callable[[float], float]
+"""A value's place on the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,20 @@ def curve_svg(title: str, quality: str, n_layers: int, lines: Mapping[str, Line]
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="22" font-size="15">{escape(title)}</text>',
     ]
+    out += _axes(quality, n_layers, (low, high), x, y)
+    for i, (name, line) in enumerate(lines.items()):
+        out += _drawn(line, _COLOURS[i % len(_COLOURS)], x, y)
+        out.append(
+            f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - _BOTTOM - 12 - 18 * i}" text-anchor="end" '
+            f'fill="{_COLOURS[i % len(_COLOURS)]}">{escape(name)}</text>'
+        )
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def _axes(quality: str, n_layers: int, span: tuple[float, float], x: Place, y: Place) -> list[str]:
+    out = []
     for i in range(5):
-        value = low + (high - low) * i / 4
+        value = span[0] + (span[1] - span[0]) * i / 4
         out.append(f'<path d="M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}" stroke="#dddddd"/>')
         out.append(
             f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{100 * value:.1f}</text>'
@@ -55,18 +71,10 @@ def curve_svg(title: str, quality: str, n_layers: int, lines: Mapping[str, Line]
         f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">'
         f"{escape(quality)} x 100</text>"
     )
-    for i, (name, line) in enumerate(lines.items()):
-        out += _drawn(line, _COLOURS[i % len(_COLOURS)], x, y)
-        out.append(
-            f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - _BOTTOM - 12 - 18 * i}" text-anchor="end" '
-            f'fill="{_COLOURS[i % len(_COLOURS)]}">{escape(name)}</text>'
-        )
-    return "\n".join([*out, "</svg>"]) + "\n"
+    return out
 
 
-def _drawn(line: Line, colour: str, x: object, y: object) -> list[str]:
-    assert callable(x)
-    assert callable(y)
+def _drawn(line: Line, colour: str, x: Place, y: Place) -> list[str]:
     path = "L".join(f"{x(d):.1f} {y(q):.1f}" for d, q in line.points)
     out = [f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
     for points, radius in ((line.points, 3), (line.marked, 6)):

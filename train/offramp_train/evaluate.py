@@ -36,7 +36,7 @@ def evaluate(
     full_seconds = time.perf_counter() - started
     full_NC = at_exit(here, recording, m.n_layers)
     chosen_N, full_N = prediction_of(m.task, answer_NC), prediction_of(m.task, full_NC)
-    target_N, one_N = here.target_N, np.ones(len(rows))
+    target_N = here.target_N
     out: dict[str, Any] = {
         "bundle": m.name,
         "method": m.method,
@@ -49,13 +49,7 @@ def evaluate(
         "share_of_layers": float(depth_N.mean() / m.n_layers),
         "seconds": round(seconds, 3),
         "seconds_full_depth_all_exits": round(full_seconds, 3),
-        "quality": {
-            name: {
-                "with_exits": metric(chosen_N, target_N, one_N),
-                "full_depth": metric(full_N, target_N, one_N),
-            }
-            for name, metric in METRICS[m.task.kind].items()
-        },
+        "quality": _qualities(m.task.kind, chosen_N, full_N, target_N),
         "exits": [asdict(row) for row in exit_table(here, recording, depth_N, answer_NC)],
         "curve": curve_points(here, recording, knobs, rows.path.name),
     }  # fmt: skip
@@ -66,6 +60,19 @@ def evaluate(
                 m.task.labels.index(oos_label), chosen_N, full_N, target_N
             )
     return out
+
+
+def _qualities(
+    kind: str, chosen_N: np.ndarray, full_N: np.ndarray, target_N: np.ndarray
+) -> dict[str, dict[str, float]]:
+    one_N = np.ones(len(target_N))
+    return {
+        name: {
+            "with_exits": metric(chosen_N, target_N, one_N),
+            "full_depth": metric(full_N, target_N, one_N),
+        }
+        for name, metric in METRICS[kind].items()
+    }
 
 
 def out_of_scope(

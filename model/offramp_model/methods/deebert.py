@@ -29,6 +29,8 @@ from offramp_common.spec import KnobSpec, StateField
 from offramp_model.exits import Decision, HeadSpec, PooledClassifier, State
 from offramp_model.methods.method import Method, Paper
 
+_LEAST_LOG_P = -1e4
+
 
 def entropy(logits_BC: Tensor) -> Tensor:
     """H(softmax(z)) in nats, (B,), at least 0; exactly 0 for saturated logits.
@@ -36,9 +38,8 @@ def entropy(logits_BC: Tensor) -> Tensor:
     NaN where softmax is: a logit is NaN or +inf, or all are -inf.
     """
     log_p_BC = torch.log_softmax(logits_BC, dim=-1)
-    p_BC = log_p_BC.exp()
-    # p log p -> 0 as p -> 0, where log p may be -inf.
-    return -torch.where(p_BC > 0, p_BC * log_p_BC, p_BC).sum(dim=-1)
+    # p log p -> 0 as p -> 0, where log p may be -inf: below the bound p is 0 in float32 anyway.
+    return -(log_p_BC.exp() * log_p_BC.clamp(min=_LEAST_LOG_P)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
