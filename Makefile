@@ -46,7 +46,7 @@ check: $(VENV)/installed-dev ## lint, types, generated code, import boundaries
 proto: $(VENV)/installed-dev ## generate the wire code again after a change of proto/offload.proto
 	PYTHON=$(BIN)/python scripts/generate_proto.sh common
 
-bench: $(VENV)/installed-dev ## measure again what the docs say (benchmarks/README.md)
+bench: $(VENV)/installed-dev ## measure again what the docs say, into benchmarks/results
 	PYTHON=$(BIN)/python scripts/bench.sh
 
 train-bundle: $(VENV)/installed-dev ## make bundles/assistant-intents again from MiniLM and CLINC150
@@ -75,8 +75,8 @@ $(VENV)/installed-mpnet: $(VENV)/installed-dev
 	@touch $@
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "make: $(PYTHON) is not on the path. Install Python 3.11, or name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { \
+	  echo "make: there is no $(PYTHON) to run. Install Python 3.11, or name a newer one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: $(PYTHON) is $$($(PYTHON) --version); offramp needs 3.11 or newer: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \

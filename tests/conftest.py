@@ -29,7 +29,7 @@ _LATE = (
     "slow",
     "ray",
 )  # in this order, after all that need none of them
-_THREAD_WAIT_S = 5.0
+_THREAD_WAIT_S = 2.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -18,69 +18,29 @@ import numpy as np
 import pytest
 import torch
 from law import Outcome, cut_at, whole
+from subjects import BATCHES, SUBJECTS, TOLERANCE, WIDTH, N, Subject, close, eager, inputs
 from torch import Tensor
-from toy_models import LABELS, mixed_knobs, toy_model, toy_tokenizer
+from toy_models import mixed_knobs
 
 import offramp_model.methods
-from offramp_common.activations import Activations, NumpyArray, mask_of, unpack
-from offramp_common.bundle import Bundle
+from offramp_common.activations import mask_of
 from offramp_common.frames import encode_frame
-from offramp_common.runner import Knobs, Leaving, run
-from offramp_common.spec import KnobSpec, TaskSpec, never_exit
-from offramp_edge.runtime import OnnxLayers
+from offramp_common.runner import Knobs, run
+from offramp_common.spec import never_exit
 from offramp_model.exits import State, check_knobs
-from offramp_model.export import add_graphs
 from offramp_model.methods import METHODS
 from offramp_model.split_model import MultiExitModel, TorchLayers, to_numpy, to_torch
-from offramp_model.store import About, load_model, save_model
 
-N, WIDTH = 3, 32
-BATCHES = (1, 8, 64)
-# Float32 sums in another order: other batch shapes, or another runtime. Toy logits are of size 1 to
-# 3, and were seen to differ by up to 2e-6.
-TOLERANCE = 1e-4
 STATE_BYTES = {  # a row carries on the wire, by the method's sheet
     ("deebert", "classification"): 0,
     ("pabee", "classification"): 1 + 2,  # count, class
     ("pabee", "regression"): 1 + 4,  # count, value
 }
-SUBJECTS = [(method.name, kind) for method in METHODS.values() for kind in method.tasks]
-
-
-@dataclass(frozen=True)
-class Subject:
-    method: str
-    kind: str
-
-    def model(self, seed: int = 7) -> MultiExitModel:
-        task = TaskSpec(self.kind, LABELS if self.kind == "classification" else ())
-        return toy_model(self.method, n_layers=N, width=WIDTH, task=task, seed=seed)
 
 
 @pytest.fixture(params=SUBJECTS, ids="-".join)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(*request.param)
-
-
-def inputs(rows: int, seed: int = 0) -> Activations[NumpyArray]:
-    rng = np.random.default_rng(seed)
-    lengths_B = rng.integers(1, 20, rows)
-    return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
-
-
-def eager(model: MultiExitModel) -> Knobs:
-    """The operating point at which rows leave as soon as the method can let them."""
-
-    def value(knob: KnobSpec) -> float:
-        return knob.low if abs(knob.never - knob.low) > abs(knob.never - knob.high) else knob.high
-
-    return {knob.name: (value(knob),) * model.n_layers for knob in model.knobs}
-
-
-def close(a: Outcome, b: Outcome) -> None:
-    np.testing.assert_array_equal(a.depth_B, b.depth_B)
-    np.testing.assert_allclose(a.answers, b.answers, rtol=0, atol=TOLERANCE)
-    np.testing.assert_allclose(a.confidence_B, b.confidence_B, rtol=0, atol=TOLERANCE)
 
 
 # The table
@@ -168,6 +128,21 @@ def test_the_state_takes_on_the_wire_what_the_sheet_says(subject: Subject, rows:
         state = msgpack.unpackb(encode_frame(to_numpy(rest), model.cut(depth), "fp32"))[5]
         nbytes = sum(len(value) for value in state.values())
         assert nbytes == rows * STATE_BYTES[subject.method, subject.kind]
+
+
+@torch.inference_mode()
+def test_training_sees_the_outputs_that_the_runner_sees(subject: Subject) -> None:
+    model, batch = subject.model(), inputs(8)
+    layers, acts = TorchLayers(model), to_torch(batch)
+    seen = model(acts.hidden_BTD, torch.from_numpy(mask_of(batch.lengths_B)))
+    assert sorted(seen) == list(range(1, N + 1))
+    for depth, outputs in seen.items():
+        step = layers.step(acts, never_exit(model.knobs, N))
+        acts, look = step.acts, step.look
+        assert look is not None
+        assert set(outputs) == set(look.outputs)
+        for name, value in outputs.items():
+            assert torch.equal(value, look.outputs[name]), (depth, name)
 
 
 # Who leaves
@@ -347,58 +322,3 @@ def test_what_stands_in_the_padding_changes_nothing(subject: Subject) -> None:
     assert Outcome.of(run(layers, replace(start, hidden_BTD=other), N, knobs).left).same_as(
         expected
     )
-
-
-# The same decisions as ONNX graphs
-
-
-@pytest.fixture(scope="module", params=SUBJECTS, ids="-".join)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = Subject(*request.param).model()
-    path = tmp_path_factory.mktemp("-".join(request.param))
-    points = {"fp32": mixed_knobs(model)}
-    about = About("toy", 64, 1, operating_points=points)
-    return add_graphs(save_model(path, model, toy_tokenizer(), about), precisions=["fp32"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", BATCHES)
-def test_the_graphs_decide_as_torch_does(exported: Bundle, rows: int) -> None:
-    graphs, model = OnnxLayers(exported), load_model(exported)
-    for knobs in (mixed_knobs(model), eager(model), never_exit(model.knobs, N)):
-        got = Outcome.of(run(graphs, inputs(rows), N, knobs).left)
-        close(got, whole(TorchLayers(model), inputs(rows), knobs))
-
-
-@pytest.mark.slow
-def test_the_device_runs_graphs_and_the_cloud_goes_on_in_torch(exported: Bundle) -> None:
-    graphs, layers = OnnxLayers(exported), TorchLayers(load_model(exported))
-    knobs = exported.knobs("fp32")
-    expected = whole(layers, inputs(64), knobs)
-    for k in range(N + 1):
-        device = run(graphs, inputs(64), k, knobs)
-        left: list[Leaving[NumpyArray]] = list(device.left)
-        if device.rest is not None:
-            cloud = run(layers, to_torch(device.rest), N, knobs)
-            left += [
-                Leaving(device.rest_rows[g.rows], g.depth, np.asarray(g.answer), g.confidence_B)
-                for g in cloud.left
-            ]
-        close(Outcome.of(left), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, 0.0])
-def test_the_graphs_decide_as_torch_does_on_hidden_states_out_of_the_ordinary(
-    exported: Bundle, bad: float
-) -> None:
-    graphs, model = OnnxLayers(exported), load_model(exported)
-    layers = TorchLayers(model)
-    start = run(layers, to_torch(inputs(4)), 1, never_exit(model.knobs, N)).rest
-    assert start is not None
-    broken = start.hidden_BTD.clone()
-    broken[2, : start.lengths_B[2]] = bad
-    start = replace(start, hidden_BTD=broken)
-    for knobs in (mixed_knobs(model), eager(model)):
-        got = Outcome.of(run(graphs, to_numpy(start), N, knobs).left)
-        close(got, Outcome.of(run(layers, start, N, knobs).left))

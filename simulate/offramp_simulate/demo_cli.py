@@ -13,7 +13,10 @@ from offramp_common.cli import OK, write_json
 from offramp_common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from offramp_simulate.demo import Record, Sentence
+    from collections.abc import Callable, Sequence
+
+    from offramp_common.bundle import Bundle
+    from offramp_simulate.demo import Record, Sentence, Settings, Strategy
 
 _BUNDLE = Path("bundles/assistant-intents")
 _UTTERANCES = Path("examples/assistant-utterances.jsonl")
@@ -27,7 +30,11 @@ def add_command(subparsers: Any) -> None:
         help="a cloud, a slow link and a device on this machine, with real sentences",
         description="Runs sentences through offramp and through its rivals and prints one table.",
     )
-    add = parser.add_argument
+    _add_options(parser.add_argument)
+    parser.set_defaults(run=run)
+
+
+def _add_options(add: Callable[..., Any]) -> None:
     add("--link", metavar="PROFILE", default="lte", help="profile of `offramp link` (default: lte)")
     add("--bundle", type=Path, help="bundle to run (default: the shipped assistant-intents)")
     add(
@@ -61,7 +68,6 @@ def add_command(subparsers: Any) -> None:
         metavar="FILE.html",
         help="write the table and plots as one HTML page",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,55 +75,70 @@ def run(args: argparse.Namespace) -> int:
 
     from offramp_common.bundle import Bundle
     from offramp_simulate import demo, demo_report
-    from offramp_simulate.demo_view import View
-    from offramp_simulate.links import PROFILES
 
-    if args.link not in PROFILES:
-        raise ConfigError(f"--link {args.link}: no such profile; there are {', '.join(PROFILES)}")
-    if args.report and not args.report.parent.is_dir():
-        raise ConfigError(f"--report {args.report}: no directory {args.report.parent}")
-    bundle_path = args.bundle or _shipped(_BUNDLE)
-    bundle = Bundle.read(bundle_path)
-    if args.split is not None and not 1 <= args.split < bundle.n_layers:
-        raise ConfigError(
-            f"--split {args.split}: between 1 and {bundle.n_layers - 1} for this bundle"
-        )
+    bundle = Bundle.read(args.bundle or _shipped(_BUNDLE))
     sentences, source = _sentences(args.data, args.limit)
-    known = set(bundle.manifest.task.labels)
-    if unknown := sorted({s.label for s in sentences} - known):
-        raise ConfigError(f"{source}: label {unknown[0]!r} is none of the bundle's {len(known)}")
+    _check(args, bundle, sentences, source)
     extra = () if args.deadline_ms is None else ("--deadline-ms", str(args.deadline_ms))
     settings = demo.Settings(
-        bundle_path, args.link, args.local, cut_link_at=args.cut_link_at, extra=extra
+        bundle.path, args.link, args.local, cut_link_at=args.cut_link_at, extra=extra
     )
     plan = demo.strategies(bundle, args.split)
     about = {"sentences": len(sentences), "source": source, "hardware": hardware()}
-
-    async def main() -> tuple[list[demo.Outcome], list[Record]]:
-        with View(len(sentences), plan) as view:
-            view.starting("the cloud tier" + (" (no Ray)" if args.local else " (Ray Serve, TLS)"))
-            async with demo.cloud_and_link(settings) as cloud:
-                outcomes = []
-                for strategy in plan:
-                    view.begin(strategy)
-                    outcomes.append(
-                        await demo.run_strategy(
-                            strategy, sentences, settings, bundle, cloud, view.answered
-                        )
-                    )
-                view.stopping()
-        rows = demo.summarise(outcomes, bundle.n_layers)
-        view.table(rows, about, args.link)
-        return outcomes, rows
-
-    outcomes, rows = asyncio.run(main())
-    result = demo.to_json(outcomes, rows, settings, about)
+    result = asyncio.run(_all(bundle, sentences, settings, plan, about))
     if args.json:
         write_json(result, args.json)
     if args.report:
         args.report.write_text(demo_report.render(result), encoding="utf-8")
         print(f"report: {args.report}", file=sys.stderr)
     return OK
+
+
+async def _all(
+    bundle: Bundle,
+    sentences: Sequence[Sentence],
+    settings: Settings,
+    plan: Sequence[Strategy],
+    about: Record,
+) -> Record:
+    """Every strategy over the same cloud and link, shown as it goes."""
+    from offramp_simulate import demo
+    from offramp_simulate.demo_view import View
+
+    outcomes = []
+    with View(len(sentences), plan) as view:
+        view.starting("the cloud tier" + (" (no Ray)" if settings.local else " (Ray Serve, TLS)"))
+        async with demo.cloud_and_link(settings) as cloud:
+            for strategy in plan:
+                view.begin(strategy)
+                outcomes.append(
+                    await demo.run_strategy(
+                        strategy, sentences, settings, bundle, cloud, view.answered
+                    )
+                )
+            view.stopping()
+    rows = demo.summarise(outcomes, bundle.n_layers)
+    view.table(rows, about, settings.link)
+    return demo.to_json(outcomes, rows, settings, about)
+
+
+def _check(
+    args: argparse.Namespace, bundle: Bundle, sentences: Sequence[Sentence], source: str
+) -> None:
+    """Raises ConfigError for what would fail later, before anything is started."""
+    from offramp_simulate.links import PROFILES
+
+    if args.link not in PROFILES:
+        raise ConfigError(f"--link {args.link}: no such profile; there are {', '.join(PROFILES)}")
+    if args.report and not args.report.parent.is_dir():
+        raise ConfigError(f"--report {args.report}: no directory {args.report.parent}")
+    if args.split is not None and not 1 <= args.split < bundle.n_layers:
+        raise ConfigError(
+            f"--split {args.split}: between 1 and {bundle.n_layers - 1} for this bundle"
+        )
+    known = set(bundle.manifest.task.labels)
+    if unknown := sorted({s.label for s in sentences} - known):
+        raise ConfigError(f"{source}: label {unknown[0]!r} is none of the bundle's {len(known)}")
 
 
 def hardware() -> str:

@@ -46,6 +46,22 @@ svg { width: 100%; height: auto; } svg text { fill: var(--text); font-size: 12px
 def render(result: Record) -> str:
     """The page for what `demo.to_json` gives."""
     rows, records = result["table"], result["records"]
+    figures = _figures(rows, records)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>offramp demo: {escape(result['bundle'])} over {escape(result['link'])}</title>"
+        f"<style>{_STYLE}</style></head><body>"
+        f"<h1>offramp demo: {escape(result['bundle'])} over {escape(result['link'])}</h1>"
+        f'<p class="soft">{result["sentences"]} sentences of {escape(result["source"])}, one at a time; '
+        f"{escape(result['hardware'])}; {escape(result['finished'])}. Device, link and cloud shared this "
+        "machine: read ratios rather than absolutes.</p>"
+        f"{_table(rows)}{_notes(rows)}<h2>Plots</h2><div class='plots'>{figures}</div>"
+        f"{_kinds(records['offramp'])}{_answers(records['offramp'])}</body></html>\n"
+    )
+
+
+def _figures(rows: list[Record], records: dict[str, list[Record]]) -> str:
     titles = [row["title"] for row in rows]
     ours = records["offramp"]
     latency = {row["title"]: [r["ms"] for r in records[row["strategy"]]] for row in rows}
@@ -54,7 +70,7 @@ def render(result: Record) -> str:
         f"exit {d}": dict(Counter(r["where"] for r in ours if r["exit_depth"] == d)) for d in depths
     }
     places = sorted({r["where"] for r in ours})
-    figures = "".join(
+    return "".join(
         [
             _figure(
                 "Latency",
@@ -81,18 +97,6 @@ def render(result: Record) -> str:
                 "What the cloud has to pay for.",
             ),
         ]
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>offramp demo: {escape(result['bundle'])} over {escape(result['link'])}</title>"
-        f"<style>{_STYLE}</style></head><body>"
-        f"<h1>offramp demo: {escape(result['bundle'])} over {escape(result['link'])}</h1>"
-        f'<p class="soft">{result["sentences"]} sentences of {escape(result["source"])}, one at a time; '
-        f"{escape(result['hardware'])}; {escape(result['finished'])}. Device, link and cloud shared this "
-        "machine: read ratios rather than absolutes.</p>"
-        f"{_table(rows)}{_notes(rows)}<h2>Plots</h2><div class='plots'>{figures}</div>"
-        f"{_kinds(ours)}{_answers(ours)}</body></html>\n"
     )
 
 

@@ -48,6 +48,20 @@ def add_link_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         help="where to accept (default: 127.0.0.1, any free port)",
     )
     parser.add_argument("--to", type=_address, required=True, metavar="HOST:PORT", help="target")
+    _add_shape(parser)
+    parser.add_argument(
+        "--stats", metavar="FILE", help="write the counters as JSON at the end; -: standard output"
+    )
+    parser.add_argument(
+        "--control-stdin",
+        action="store_true",
+        help=f"take commands as lines on standard input ({_COMMANDS}); its end means quit",
+    )
+    parser.set_defaults(run=run_link)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    """A profile, or a trace and what it leaves open."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--profile",
@@ -75,15 +89,6 @@ def add_link_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         metavar="MS",
         help=f"with --trace: round trip (default: that of {DEFAULT_PROFILE})",
     )
-    parser.add_argument(
-        "--stats", metavar="FILE", help="write the counters as JSON at the end; -: standard output"
-    )
-    parser.add_argument(
-        "--control-stdin",
-        action="store_true",
-        help=f"take commands as lines on standard input ({_COMMANDS}); its end means quit",
-    )
-    parser.set_defaults(run=run_link)
 
 
 def run_link(args: argparse.Namespace) -> int:

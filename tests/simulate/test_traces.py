@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -176,11 +175,9 @@ def test_a_trace_whose_times_do_not_fit_its_rates_is_refused() -> None:
 
 
 @pytest.mark.data
-def test_every_collected_trace_can_be_read_and_delivers_its_mean() -> None:
-    folder = os.environ.get("OFFRAMP_DATA")
-    files = sorted((Path(folder) / "network_traces").glob("*.jsonl")) if folder else []
-    if not files:
-        pytest.skip("OFFRAMP_DATA names no folder with network_traces")
+def test_every_collected_trace_can_be_read_and_delivers_its_mean(data_dir: Path) -> None:
+    files = sorted((data_dir / "network_traces").glob("*.jsonl"))
+    assert files
     for file in files:
         for trace in load_traces(file).values():
             nbytes = int(trace.mean_mbps * 1e6 / 8 * trace.period_s)

@@ -1,0 +1,53 @@
+"""Every exit method on every task it can decide on, as toy models: what the contract's tests run over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from law import Outcome
+from toy_models import LABELS, toy_model
+
+from offramp_common.activations import Activations, NumpyArray, unpack
+from offramp_common.runner import Knobs
+from offramp_common.spec import KnobSpec, TaskSpec
+from offramp_model.methods import METHODS
+from offramp_model.split_model import MultiExitModel
+
+N, WIDTH = 3, 32
+BATCHES = (1, 8, 64)
+# Float32 sums in another order: other batch shapes, or another runtime. Toy logits are of size 1 to
+# 3, and were seen to differ by up to 2e-6.
+TOLERANCE = 1e-4
+SUBJECTS = [(method.name, kind) for method in METHODS.values() for kind in method.tasks]
+
+
+@dataclass(frozen=True)
+class Subject:
+    method: str
+    kind: str
+
+    def model(self, seed: int = 7) -> MultiExitModel:
+        task = TaskSpec(self.kind, LABELS if self.kind == "classification" else ())
+        return toy_model(self.method, n_layers=N, width=WIDTH, task=task, seed=seed)
+
+
+def inputs(rows: int, seed: int = 0) -> Activations[NumpyArray]:
+    rng = np.random.default_rng(seed)
+    lengths_B = rng.integers(1, 20, rows)
+    return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
+
+
+def eager(model: MultiExitModel) -> Knobs:
+    """The operating point at which rows leave as soon as the method can let them."""
+
+    def value(knob: KnobSpec) -> float:
+        return knob.low if abs(knob.never - knob.low) > abs(knob.never - knob.high) else knob.high
+
+    return {knob.name: (value(knob),) * model.n_layers for knob in model.knobs}
+
+
+def close(a: Outcome, b: Outcome) -> None:
+    np.testing.assert_array_equal(a.depth_B, b.depth_B)
+    np.testing.assert_allclose(a.answers, b.answers, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(a.confidence_B, b.confidence_B, rtol=0, atol=TOLERANCE)
