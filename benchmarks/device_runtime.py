@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +27,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
+import report
 import torch
 
 from offramp_common.activations import Activations
@@ -182,21 +180,15 @@ def machine() -> str:
     import onnxruntime
     import transformers
 
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
-    vnni = "VNNI" if "vnni" in info else "no VNNI"
-    return (
-        f"{lines[0] if lines else platform.machine()} ({vnni}), {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f} at the start, one thread, {platform.system()}, "
-        f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    info = Path("/proc/cpuinfo")
+    vnni = info.exists() and "vnni" in info.read_text()
+    return report.machine(
+        "VNNI" if vnni else "no VNNI",
+        "one thread",
+        f"onnxruntime {onnxruntime.__version__}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
     )
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not in a commit"
 
 
 def default_backbone() -> str:
@@ -224,22 +216,17 @@ def main() -> int:
         bare = without_exits(bundle, Path(folder) / "bare")
         rows = measure(bundle, bare, args.runs)
         name = bundle.manifest.name
-    about = f"median (p10-p90) of {args.runs} runs of bundle {name}; {on}; {commit()}"
+    about = f"median (p10-p90) of {args.runs} runs of bundle {name}; {on}; {report.commit()}"
     print(f"{table(rows)}\n\n{about}", file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
-        command = " ".join(["python", "benchmarks/device_runtime.py", *sys.argv[1:]])
         result = {
             "hardware": on,
-            "commit": commit(),
-            "command": command,
+            "commit": report.commit(),
+            "command": report.command(),
             "bundle": name,
             "rows": rows,
         }
-        text = json.dumps(result, indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+        report.write(result, args.json)
     return 0
 
 

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import platform
 import socket
 import statistics
@@ -23,8 +22,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
+
+import report
 
 from offramp_simulate.links import PROFILES, LinkProfile
 
@@ -133,30 +133,6 @@ def summary(profile: LinkProfile, runs: list[dict[str, float]]) -> dict[str, Any
     return row
 
 
-def hardware() -> str:
-    """The machine and the Python, in one line."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    load = os.getloadavg()[0]
-    return (
-        f"{model}, {os.cpu_count()} cores, load {load:.1f} at the start, "
-        f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
-    )
-
-
-def commit() -> str:
-    """The commit that is checked out, or why there is none."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "not in a commit"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table: the profile's figure, then the measured one."""
     lines = [
@@ -185,22 +161,17 @@ def main() -> int:
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
     target = f"127.0.0.1:{listener.getsockname()[1]}"
     profiles = [PROFILES[name] for name in args.profile or PROFILES]
-    machine = hardware()
+    machine = report.machine(f"{platform.system()} {platform.release()}")
     runs: dict[str, list[dict[str, float]]] = {profile.name: [] for profile in profiles}
     for _ in range(args.runs):  # the profiles in turn, so that a busy minute hits them all
         for profile in profiles:
             runs[profile.name].append(measure(profile, target))
     rows = [summary(profile, runs[profile.name]) for profile in profiles]
     print(
-        f"{table(rows)}\n\nnominal: median (range) of {args.runs} runs; {machine}; {commit()}",
+        f"{table(rows)}\n\nnominal: median (range) of {args.runs} runs; {machine}; {report.commit()}",
         file=sys.stderr if args.json == "-" else sys.stdout,
     )
-    if args.json:
-        text = json.dumps({"hardware": machine, "commit": commit(), "rows": rows}, indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    report.write({"hardware": machine, "commit": report.commit(), "rows": rows}, args.json)
     return 0
 
 

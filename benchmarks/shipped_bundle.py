@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 
 from offramp_common.bundle import Bundle
 from offramp_common.spec import never_exit
@@ -30,12 +30,12 @@ RUNTIMES = (("torch", "fp32"), ("fp32", "fp32"), ("int8", "int8"))
 """(runtime, whose operating point)."""
 
 
-def measure(here: Subject, point: str, report: Report) -> tuple[dict[str, Any], np.ndarray]:
+def measure(here: Subject, point: str, progress: Report) -> tuple[dict[str, Any], np.ndarray]:
     """The numbers of one runtime, and each row's exit depth."""
     manifest = here.bundle.manifest
     never = never_exit(manifest.knobs, manifest.n_layers)
-    depth_N, answer_NC = here.run(here.bundle.knobs(point), report, f"{here.runtime}, exits")
-    _, full_NC = here.run(never, report, f"{here.runtime}, full depth")
+    depth_N, answer_NC = here.run(here.bundle.knobs(point), progress, f"{here.runtime}, exits")
+    _, full_NC = here.run(never, progress, f"{here.runtime}, full depth")
     right_N = answer_NC.argmax(axis=1) == here.target_N
     full_N = full_NC.argmax(axis=1) == here.target_N
     in_scope_N = here.target_N != manifest.task.labels.index(OOS)
@@ -64,32 +64,28 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    bundle, report = Bundle.read(args.bundle), Report()
+    bundle, progress = Bundle.read(args.bundle), Report()
     rows = read_rows(args.data / "clinc150" / "test.tsv")
     results, reference = [], None
     for runtime, point in RUNTIMES:
-        numbers, depth_N = measure(subject(bundle, runtime, rows), point, report)
+        numbers, depth_N = measure(subject(bundle, runtime, rows), point, progress)
         reference = depth_N if reference is None else reference
         numbers["same_exit_as_torch"] = percent(depth_N == reference)
         results.append(numbers)
     nbytes = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": report.command(),
         "bundle": bundle.manifest.name,
         "digest": bundle.digest(0).hex(),
         "megabytes": round(nbytes / 1e6, 2),
         "rows": len(rows),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "hardware": report.machine(),
+        "commit": report.commit(),
         "results": results,
     }
     for numbers in results:
         print(json.dumps(numbers), file=sys.stderr)
-    if args.json:
-        text = json.dumps(result, indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n")
+    report.write(result, args.json)
     return 0
 
 

@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -26,6 +23,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import report
 
 from offramp_common.activations import Activations
 from offramp_common.bundle import Bundle
@@ -184,24 +182,6 @@ async def measured(args: argparse.Namespace) -> dict[str, Any]:
         await process.wait()
 
 
-def machine() -> str:
-    """The hardware and what ran on it, in one line."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return (
-        f"{model}, {os.cpu_count()} cores for both sides, load {os.getloadavg()[0]:.1f}, "
-        f"Python {platform.python_version()}, grpcio {grpc.__version__}"
-    )
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not in a commit"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", required=True, type=Path, metavar="DIR")
@@ -209,7 +189,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    found = {"hardware": machine(), "commit": commit(), **asyncio.run(measured(args))}
+    found = {
+        "hardware": report.machine(f"grpcio {grpc.__version__}"),
+        "commit": report.commit(),
+        **asyncio.run(measured(args)),
+    }
     out = sys.stderr if args.json == "-" else sys.stdout
     for name, row in found["rows"].items():
         print(f"{name:20} p50 {row['ms']:7.2f} ms   CPU {row['cpu_us']:6.0f} us", file=out)
@@ -221,12 +205,7 @@ def main() -> int:
     print(
         f"a frame of {found['frame_bytes']} bytes; {found['hardware']}; {found['commit']}", file=out
     )
-    if args.json:
-        text = json.dumps(found, indent=1) + "\n"
-        if args.json == "-":
-            print(text, end="")
-        else:
-            Path(args.json).write_text(text, encoding="utf-8")
+    report.write(found, args.json)
     return 0
 
 

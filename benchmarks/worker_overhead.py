@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import report
 
 from offramp_common.runner import run
 from offramp_common.text import TextEncoder, label_of
@@ -134,38 +132,19 @@ def main() -> int:
             line += f"{row[f'{kind}_ms']:8.3f}"
             line += f"{row[f'{kind}_overhead_ms']:9.3f} ({low:.3f} to {high:.3f})"
         print(line, file=out)
-    print(f"{args.rounds} rounds of {args.samples} samples; {machine()}; {commit()}", file=out)
+    print(
+        f"{args.rounds} rounds of {args.samples} samples; {report.machine()}; {report.commit()}",
+        file=out,
+    )
     if args.json:
         about = {
-            "hardware": machine(),
-            "commit": commit(),
+            "hardware": report.machine(),
+            "commit": report.commit(),
             "bundle": args.bundle.name,
             "rows": rows,
         }
-        text = json.dumps(about, indent=1) + "\n"
-        if args.json == "-":
-            print(text, end="")
-        else:
-            Path(args.json).write_text(text)
+        report.write(about, args.json)
     return 0
-
-
-def machine() -> str:
-    """The hardware and what ran on it, in one line."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return (
-        f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-        f"Python {platform.python_version()}"
-    )
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not in a commit"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ failed=()
 for script in benchmarks/*.py; do
   name=$(basename "$script" .py)
   case $name in
+    report) continue ;;
     device_runtime) arguments=("$bundle") ;;
     unary_or_stream | worker_overhead) arguments=(--bundle "$bundle") ;;
     *) arguments=() ;;

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -94,6 +95,12 @@ async def test_a_replica_killed_under_its_requests_costs_none_of_them(
     before = await asyncio.to_thread(replicas, ray_cloud)
     callers = [asyncio.create_task(caller()) for _ in range(6)]
     await asyncio.to_thread(wait_until, lambda: outcomes.total() > 6, 60)
+    # Stopped first, so that requests surely wait there when it dies; all callers may come to.
+    os.kill(min(before), signal.SIGSTOP)
+    started, limit_s = outcomes.total(), time.monotonic() + 2
+    await asyncio.to_thread(
+        wait_until, lambda: outcomes.total() > started + 12 or time.monotonic() > limit_s, 60
+    )
     os.kill(min(before), signal.SIGKILL)
     started = outcomes.total()
     await asyncio.to_thread(wait_until, lambda: outcomes.total() > started + 12, 60)

@@ -1,6 +1,6 @@
 """What each codec costs: bytes, and milliseconds to encode and decode, on one core.
 
-    python benchmarks/codecs.py [--runs N] [--json FILE|-]
+    python benchmarks/codec_costs.py [--runs N] [--json FILE|-]
 
 Hidden states [1, tokens, width] of a standard normal distribution (speed does not depend on the
 values, unless they are NaN or infinite). "frame" is the whole of encode_frame or decode_frame,
@@ -11,17 +11,14 @@ the 10th to 90th percentile.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 
 from offramp_common.activations import Activations
 from offramp_common.codecs import CODECS
@@ -95,24 +92,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """The hardware and what ran on it, in one line."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return (
-        f"{model}, one of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
-        f"Python {platform.python_version()}, numpy {np.__version__}"
-    )
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not in a commit"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=300)
@@ -122,17 +101,13 @@ def main() -> int:
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    on = machine()
+    on = report.machine(f"numpy {np.__version__}")
     rows = [row for tokens, width in _SHAPES for row in measure(tokens, width, args.runs)]
     print(
-        f"{table(rows)}\n\nmedian (p10-p90) of {args.runs} runs; {on}; {commit()}",
+        f"{table(rows)}\n\nmedian (p10-p90) of {args.runs} runs; {on}; {report.commit()}",
         file=sys.stderr if args.json == "-" else sys.stdout,
     )
-    text = json.dumps({"hardware": on, "commit": commit(), "rows": rows}, indent=1)
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    report.write({"hardware": on, "commit": report.commit(), "rows": rows}, args.json)
     return 0
 
 

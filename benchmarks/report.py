@@ -1,0 +1,45 @@
+"""What stands beside every measurement: the machine, the commit, and where the numbers go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def machine(*more: str) -> str:
+    """The hardware, its load now, and what runs on it, in one line."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    parts = [model, f"{os.cpu_count()} cores", f"load {os.getloadavg()[0]:.1f} at the start"]
+    return ", ".join([*parts, f"Python {platform.python_version()}", *more])
+
+
+def commit() -> str:
+    """The commit that was measured; "-dirty" where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "not in a commit"
+
+
+def command() -> str:
+    """The command line, as one would type it."""
+    return " ".join(["python", *sys.argv])
+
+
+def write(result: Any, where: str | None) -> None:
+    """JSON to a file, to standard output for "-", nowhere for None."""
+    if where is None:
+        return
+    text = json.dumps(result, indent=1)
+    if where == "-":
+        print(text)
+    else:
+        Path(where).write_text(text + "\n", encoding="utf-8")
