@@ -154,7 +154,9 @@ def test_the_whole_demo_answers_every_sentence_by_every_strategy(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_demo_and_all_its_processes(toy: tuple[Path, Path]) -> None:
-    process = subprocess.Popen(_demo(toy, "--local"), stderr=subprocess.PIPE, text=True)
+    # Over a slow link, so that it cannot have finished before the signal comes.
+    command = _demo(toy, "--local", "--link", "satellite")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("1/5"):

@@ -173,6 +173,7 @@ def test_epsilon_is_refused_because_no_method_offers_a_guarantee(folder: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whole trainings, each a process of its own
 def test_a_kept_checkpoint_makes_the_bundle_again_without_training(folder: Path) -> None:
     words = [
         "train",
@@ -194,6 +195,7 @@ def test_a_kept_checkpoint_makes_the_bundle_again_without_training(folder: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # whole trainings, each a process of its own
 def test_a_killed_command_continues_to_the_same_bundle(folder: Path) -> None:
     def words(out: Path) -> list[str]:
         flags = ["train", "--backbone", folder / "checkpoint", "--data", folder / "topics"]
