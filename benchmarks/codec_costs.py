@@ -21,6 +21,7 @@ import numpy as np
 import report
 
 from offramp_common.activations import Activations
+from offramp_common.cli import write_json
 from offramp_common.codecs import CODECS
 from offramp_common.frames import Limits, decode_frame, encode_frame
 from offramp_common.spec import CutSpec
@@ -107,7 +108,8 @@ def main() -> int:
         f"{table(rows)}\n\nmedian (p10-p90) of {args.runs} runs; {on}; {report.commit()}",
         file=sys.stderr if args.json == "-" else sys.stdout,
     )
-    report.write({"hardware": on, "commit": report.commit(), "rows": rows}, args.json)
+    if args.json:
+        write_json({"hardware": on, "commit": report.commit(), "rows": rows}, args.json)
     return 0
 
 

@@ -32,6 +32,7 @@ import torch
 
 from offramp_common.activations import Activations
 from offramp_common.bundle import GRAPHS, Bundle, write_manifest
+from offramp_common.cli import write_json
 from offramp_common.runner import run
 from offramp_common.spec import TaskSpec, never_exit
 from offramp_edge.runtime import OnnxLayers
@@ -226,7 +227,7 @@ def main() -> int:
             "bundle": name,
             "rows": rows,
         }
-        report.write(result, args.json)
+        write_json(result, args.json)
     return 0
 
 

@@ -10,7 +10,6 @@ the same numbers give the same frames.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import resource
@@ -20,13 +19,13 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from offramp_common.activations import Activations, mask_of
+from offramp_common.cli import write_json
 from offramp_common.errors import UnknownCodec, WireError
 from offramp_common.frames import Limits, decode_frame, encode_frame
 from offramp_common.spec import CutSpec, StateField
@@ -324,10 +323,8 @@ def main() -> int:
     )
     for failure in report.failures[:5]:
         print(failure[:500], file=sys.stderr)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    if args.json:
+        write_json(result, args.json)
     return 1 if report.failures else 0
 
 

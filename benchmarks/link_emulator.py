@@ -26,6 +26,7 @@ from typing import Any
 
 import report
 
+from offramp_common.cli import write_json
 from offramp_simulate.links import PROFILES, LinkProfile
 
 _TRANSFER_S = 1.0
@@ -171,7 +172,8 @@ def main() -> int:
         f"{table(rows)}\n\nnominal: median (range) of {args.runs} runs; {machine}; {report.commit()}",
         file=sys.stderr if args.json == "-" else sys.stdout,
     )
-    report.write({"hardware": machine, "commit": report.commit(), "rows": rows}, args.json)
+    if args.json:
+        write_json({"hardware": machine, "commit": report.commit(), "rows": rows}, args.json)
     return 0
 
 

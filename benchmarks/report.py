@@ -1,14 +1,12 @@
-"""What stands beside every measurement: the machine, the commit, and where the numbers go."""
+"""What stands beside every measurement: the machine, the commit and the command."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def machine(*more: str) -> str:
@@ -32,14 +30,3 @@ def commit() -> str:
 def command() -> str:
     """The command line, as one would type it."""
     return " ".join(["python", *sys.argv])
-
-
-def write(result: Any, where: str | None) -> None:
-    """JSON to a file, to standard output for "-", nowhere for None."""
-    if where is None:
-        return
-    text = json.dumps(result, indent=1)
-    if where == "-":
-        print(text)
-    else:
-        Path(where).write_text(text + "\n", encoding="utf-8")

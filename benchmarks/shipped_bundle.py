@@ -20,6 +20,7 @@ import numpy as np
 import report
 
 from offramp_common.bundle import Bundle
+from offramp_common.cli import write_json
 from offramp_common.spec import never_exit
 from offramp_train.measure import Subject, subject
 from offramp_train.progress import Report
@@ -85,7 +86,8 @@ def main() -> int:
     }
     for numbers in results:
         print(json.dumps(numbers), file=sys.stderr)
-    report.write(result, args.json)
+    if args.json:
+        write_json(result, args.json)
     return 0
 
 

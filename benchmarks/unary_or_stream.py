@@ -27,6 +27,7 @@ import report
 
 from offramp_common.activations import Activations
 from offramp_common.bundle import Bundle
+from offramp_common.cli import write_json
 from offramp_common.frames import encode_frame
 from offramp_common.messages import completion_from_pb, completion_to_pb, offload_to_pb
 from offramp_common.spec import never_exit
@@ -205,7 +206,8 @@ def main() -> int:
     print(
         f"a frame of {found['frame_bytes']} bytes; {found['hardware']}; {found['commit']}", file=out
     )
-    report.write(found, args.json)
+    if args.json:
+        write_json(found, args.json)
     return 0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import report
 
+from offramp_common.cli import write_json
 from offramp_common.runner import run
 from offramp_common.text import TextEncoder, label_of
 from offramp_edge import EdgeWorker, load_bundle
@@ -143,7 +144,7 @@ def main() -> int:
             "bundle": args.bundle.name,
             "rows": rows,
         }
-        report.write(about, args.json)
+        write_json(about, args.json)
     return 0
 
 

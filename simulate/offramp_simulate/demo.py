@@ -46,7 +46,7 @@ class Strategy:
     split: int
     exits: bool
 
-    def arguments(self, n_layers: int) -> list[str]:
+    def arguments(self) -> list[str]:
         return ["--split", str(self.split), *([] if self.exits else ["--no-exits"])]
 
     def needs_cloud(self, n_layers: int) -> bool:
@@ -127,7 +127,7 @@ async def run_strategy(
     """Answer every sentence, one at a time, by a device worker in a process of its own."""
     link, authority, ready = cloud
     arguments = ["edge", "run", "--bundle", str(settings.bundle), "--input", "-", "--output", "-"]
-    arguments += [*strategy.arguments(bundle.n_layers), *settings.extra]
+    arguments += [*strategy.arguments(), *settings.extra]
     if strategy.needs_cloud(bundle.n_layers):
         arguments += ["--cloud", ready["link"], "--ca", str(authority)]
     device = await Child.start("device", *arguments)
@@ -163,7 +163,7 @@ async def _answer(device: Child, sentence: Sentence, timeout_s: float) -> Record
     return {**record, "expected": sentence.label, "kind": sentence.kind}
 
 
-def summarise(outcomes: Sequence[Outcome], n_layers: int) -> list[Record]:
+def summarise(outcomes: Sequence[Outcome]) -> list[Record]:
     """The table's rows: one a strategy, every number measured in this run."""
     full = next(outcome for outcome in outcomes if outcome.strategy.key == "full")
     reference = {record["id"]: record["label"] for record in full.records}

@@ -117,7 +117,7 @@ async def _all(
                     )
                 )
             view.stopping()
-    rows = demo.summarise(outcomes, bundle.n_layers)
+    rows = demo.summarise(outcomes)
     view.table(rows, about, settings.link)
     return demo.to_json(outcomes, rows, settings, about)
 

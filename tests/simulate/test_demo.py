@@ -49,7 +49,7 @@ def outcomes() -> list[Outcome]:
 def test_the_table_counts_layers_where_they_ran_and_agreement_with_the_full_model(
     outcomes: list[Outcome],
 ) -> None:
-    ours, full = summarise(outcomes, 3)
+    ours, full = summarise(outcomes)
     assert ours["accuracy"] == 0.5
     assert ours["agreement"] == 0.75
     # cloud: 3 - 1 and 2 - 1; device: 1 + 1 + 2 (a fallback runs here) + 1
@@ -73,7 +73,7 @@ def test_percentiles_are_values_that_were_measured() -> None:
 def test_the_report_is_one_page_that_loads_nothing_and_escapes_what_users_wrote(
     outcomes: list[Outcome],
 ) -> None:
-    rows = summarise(outcomes, 3)
+    rows = summarise(outcomes)
     about = {"sentences": 4, "source": "<here>", "hardware": "2 cores"}
     page = render(to_json(outcomes, rows, Settings(Path("a&b")), about))
     assert "&lt;w1&gt; &amp; co" in page
