@@ -9,8 +9,7 @@ from law import Outcome
 from toy_models import LABELS, toy_model
 
 from offramp_common.activations import Activations, NumpyArray, unpack
-from offramp_common.runner import Knobs
-from offramp_common.spec import KnobSpec, TaskSpec
+from offramp_common.spec import TaskSpec
 from offramp_model.methods import METHODS
 from offramp_model.split_model import MultiExitModel
 
@@ -36,15 +35,6 @@ def inputs(rows: int, seed: int = 0) -> Activations[NumpyArray]:
     rng = np.random.default_rng(seed)
     lengths_B = rng.integers(1, 20, rows)
     return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
-
-
-def eager(model: MultiExitModel) -> Knobs:
-    """The operating point at which rows leave as soon as the method can let them."""
-
-    def value(knob: KnobSpec) -> float:
-        return knob.low if abs(knob.never - knob.low) > abs(knob.never - knob.high) else knob.high
-
-    return {knob.name: (value(knob),) * model.n_layers for knob in model.knobs}
 
 
 def close(a: Outcome, b: Outcome) -> None:

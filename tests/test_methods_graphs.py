@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from law import Outcome, whole
-from subjects import BATCHES, SUBJECTS, N, Subject, close, eager, inputs
-from toy_models import mixed_knobs, toy_tokenizer
+from subjects import BATCHES, SUBJECTS, N, Subject, close, inputs
+from toy_models import eager, mixed_knobs, toy_tokenizer
 
 from offramp_common.activations import NumpyArray
 from offramp_common.bundle import Bundle

@@ -16,18 +16,16 @@ from torch import Tensor
 from offramp_common.activations import Activations, NumpyArray, unpack
 from offramp_common.bundle import Bundle
 from offramp_common.runner import Knobs, run
-from offramp_common.spec import TaskSpec, never_exit
+from offramp_common.spec import KnobSpec, TaskSpec, never_exit
 from offramp_model.backbones import backbone_from_config
-from offramp_model.exits import HeadSpec
+from offramp_model.exits import HeadSpec, State
 from offramp_model.methods import METHODS
-from offramp_model.methods.deebert import entropy
 from offramp_model.split_model import MultiExitModel, TorchLayers, to_numpy, to_torch
 from offramp_model.store import About, load_model, save_model
 
 WORDS = 96
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 LABELS = ("red", "green", "blue", "grey", "none")
-_PABEE = {"patience": 1.0, "tolerance": 0.5}
 
 
 def toy_tokenizer() -> str:
@@ -122,20 +120,62 @@ def toy_layers(bundle: Bundle) -> TorchLayers:
     return TorchLayers(load_model(bundle))
 
 
+def eager(model: MultiExitModel) -> Knobs:
+    """The operating point at which rows leave as soon as the method can let them."""
+    return {knob.name: (_eager(knob),) * model.n_layers for knob in model.knobs}
+
+
+def _eager(knob: KnobSpec) -> float:
+    low_is_never = abs(knob.never - knob.low) <= abs(knob.never - knob.high)
+    return knob.high if low_is_never else knob.low
+
+
+@torch.inference_mode()
 def mixed_knobs(model: MultiExitModel) -> Knobs:
-    """An operating point of the toy model at which some rows leave at each exit."""
-    n = model.n_layers
-    if model.method.name == "pabee":
-        return {knob.name: (_PABEE.get(knob.name, knob.never),) * n for knob in model.knobs}
-    if model.method.name != "deebert":
-        return never_exit(model.knobs, n)
+    """An operating point of the toy model at which about half of some random rows leave early, at as many
+    depths as it can be.
+
+    Each knob is tried alone, the others being eager. The first that does best is taken.
+    """
     rng = np.random.default_rng(0)
     ids_BTF = torch.from_numpy(rng.integers(len(SPECIAL), len(SPECIAL) + WORDS, (64, 12, 1)))
-    with torch.inference_mode():
-        outputs = model(ids_BTF, torch.ones(64, 12, dtype=torch.bool))
-    # At the median entropy of an exit about half of the rows leave there.
-    medians = {depth: float(entropy(out["logits"]).median()) for depth, out in outputs.items()}
-    return {"threshold": tuple(round(medians.get(depth, 0.0), 3) for depth in range(1, n + 1))}
+    mask_BT = torch.ones(64, 12, dtype=torch.bool)
+    outputs = model(ids_BTF, mask_BT)
+    best, best_rank = eager(model), (2.0, 0)
+    for knob in model.knobs:
+        for value in _candidates(knob):
+            knobs = {**eager(model), knob.name: (value,) * model.n_layers}
+            depth_B = _depths(model, outputs, mask_BT, knobs)
+            unbalanced = round(abs(float((depth_B < model.n_layers).mean()) - 0.5), 1)
+            rank = (unbalanced, -len(set(depth_B.tolist())))
+            if rank < best_rank:
+                best, best_rank = knobs, rank
+    return best
+
+
+def _candidates(knob: KnobSpec) -> list[float]:
+    """Values between eager and never: evenly, and closer and closer to the range's ends."""
+    if knob.integer:
+        return [float(value) for value in range(int(knob.low), int(knob.high) + 1)]
+    shares = [i / 32 for i in range(1, 32)] + [2.0**-i for i in range(6, 40)]
+    shares += [1 - 2.0**-i for i in range(6, 14)]
+    # Rounded: a threshold must not lie on some row's confidence to the last bit.
+    return [float(f"{knob.low + share * (knob.high - knob.low):.3g}") for share in shares]
+
+
+def _depths(
+    model: MultiExitModel, outputs: Mapping[int, State], mask_BT: Tensor, knobs: Knobs
+) -> np.ndarray:
+    """Where each row leaves, given what the branches put out."""
+    state: State = model.policy.start(mask_BT)
+    depth_B = np.full(len(mask_BT), model.n_layers)
+    for depth in model.looks:
+        here = {name: torch.tensor(values[depth - 1]) for name, values in knobs.items()}
+        decision = model.policy.decide(outputs[depth], state, here, depth)
+        state = decision.state
+        if depth in model.spec.exits:
+            depth_B[decision.leave_B.numpy() & (depth_B > depth)] = depth
+    return depth_B
 
 
 def toy_inputs(bundle: Bundle, lengths: Sequence[int], *, seed: int = 0) -> Activations[NumpyArray]:

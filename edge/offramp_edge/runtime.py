@@ -140,7 +140,7 @@ class _Graph:
     millisecond.
 
     states, knobs       (name, the graph's input) of what it reads
-    names               its outputs in order
+    names               its outputs in order;  exit: whether a row may leave behind it
     state, token_state, outputs   (name, place among the outputs) of what it writes
     """
 
@@ -148,6 +148,7 @@ class _Graph:
     states: tuple[tuple[str, str], ...]
     knobs: tuple[tuple[str, str], ...]
     names: list[str]
+    exit: bool
     state: tuple[tuple[str, int], ...]
     token_state: tuple[tuple[str, int], ...]
     outputs: tuple[tuple[str, int], ...]
@@ -156,7 +157,7 @@ class _Graph:
     def of(cls, session: Any, per_token: set[str]) -> _Graph:
         inputs = [node.name for node in session.get_inputs()]
         names = [node.name for node in session.get_outputs()]
-        assert names == _HEAD[:1] or names[:4] == _HEAD, f"outputs {names}"
+        assert names[0] == _HEAD[0], f"outputs {names}"
         places = {name: place for place, name in enumerate(names)}
         same = json.loads(session.get_modelmeta().custom_metadata_map["same"])
         places |= {name: places[source] for name, source in same.items()}
@@ -166,6 +167,7 @@ class _Graph:
             tuple((n.removeprefix(_STATE_IN), n) for n in inputs if n.startswith(_STATE_IN)),
             tuple((n.removeprefix(_KNOB), n) for n in inputs if n.startswith(_KNOB)),
             names,
+            names[:4] == _HEAD,
             tuple(entry for entry in state if entry[0] not in per_token),
             tuple(entry for entry in state if entry[0] in per_token),
             _named(places, _OUT),
@@ -182,18 +184,19 @@ class _Graph:
         for name, key in self.states:
             inputs[key] = row.state[name] if name in row.state else row.token_state[name]
         out = self.run(self.names, inputs)
-        if len(out) == 1:  # no exit head: the state goes on as it is
+        if len(out) == 1:  # nothing looks here: the state goes on as it is
             return Step(replace(row, hidden_BTD=out[0], depth=row.depth + 1), None)
-        hidden, leave_B, answer, confidence_B = out[:4]
         acts = Activations(
-            hidden,
+            out[0],
             row.lengths_B,
             row.depth + 1,
             {name: out[place] for name, place in self.state},
             {name: out[place] for name, place in self.token_state},
         )
+        if not self.exit:
+            return Step(acts, None)
         outputs = {name: out[place] for name, place in self.outputs}
-        return Step(acts, Look(leave_B, answer, confidence_B, outputs))
+        return Step(acts, Look(out[1], out[2], out[3], outputs))
 
 
 def _named(places: dict[str, int], prefix: str) -> tuple[tuple[str, int], ...]:

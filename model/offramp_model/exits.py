@@ -75,11 +75,17 @@ class Policy(Protocol):
 
 
 class ExitHead(nn.Module):
-    """The exit at one depth: branch, policy and state update as one function of tensors."""
+    """The exit at one depth: branch, policy and state update as one function of tensors.
 
-    def __init__(self, depth: int, first: bool, branch: Branch, policy: Policy) -> None:
+    exit   False where a method reads a layer that nobody leaves after: only its state is kept
+    """
+
+    def __init__(
+        self, depth: int, first: bool, branch: Branch, policy: Policy, exit: bool = True
+    ) -> None:
         super().__init__()
         self.depth, self.first, self.branch, self.policy = depth, first, branch, policy
+        self.exit = exit
 
     def forward(
         self, hidden_BTD: Tensor, mask_BT: Tensor, state: State, knobs: Mapping[str, Tensor]

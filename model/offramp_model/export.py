@@ -7,7 +7,8 @@ all its tokens are real.
     inputs    in.hidden (1, T, D) float32; at layer 0 the ids (1, T, F) int64
               in.state.NAME, where an exit head reads what earlier ones left;  knob.NAME, scalars
     outputs   hidden (1, T, D); with an exit head also leave (1,), answer (1, ...), confidence (1,),
-              state.NAME for the next exit, and out.NAME, the branch's outputs, for calibration
+              state.NAME for the next exit, and out.NAME, the branch's outputs, for calibration;
+              where a method reads a layer without an exit, state.NAME alone
     metadata  same: JSON of the outputs left out for being one of the others: name -> that other
 
 Weights are bytes of the bundle's model.safetensors, and named relative to the bundle: a runtime must
@@ -116,7 +117,7 @@ class _Segment(nn.Module):
         head = self.head[0]
         before: CutSpec = model.cut(index)
         self.fields: dict[str, StateField] = {} if head is None else dict(before.state)
-        self.knobs = [] if head is None else [knob.name for knob in model.knobs]
+        self.knobs = [knob.name for knob in model.knobs] if head is not None and head.exit else []
         self.kept: list[str] = []
 
     @property
@@ -147,14 +148,18 @@ class _Segment(nn.Module):
         if head is None:
             return {"hidden": hidden_BTD}
         state = dict(zip(self.fields, rest, strict=False))
-        knobs = dict(zip(self.knobs, rest[len(state) :], strict=True))
+        never = {knob.name: torch.tensor(float(knob.never)) for knob in self.model.knobs}
+        knobs = never | dict(zip(self.knobs, rest[len(state) :], strict=True))
         decision, outputs = head(hidden_BTD, mask, state, knobs)
+        after = {f"state.{name}": value for name, value in self._after(decision.state).items()}
+        if not head.exit:
+            return {"hidden": hidden_BTD, **after}
         return {
             "hidden": hidden_BTD,
             "leave": decision.leave_B,
             "answer": decision.answer,
             "confidence": decision.confidence_B,
-            **{f"state.{name}": value for name, value in self._after(decision.state).items()},
+            **after,
             **{f"out.{name}": value for name, value in outputs.items()},
         }
 

@@ -58,6 +58,9 @@ def table() -> list[dict[str, Any]]:
                 "carried_bytes_per_row": sum(f.nbytes for f in rows.values()),
                 "carried_bytes_per_token": sum(f.nbytes for f in tokens.values()),
                 "recipe": method.recipe,
+                "use": method.use,
+                "avoid": method.avoid,
+                "reported": method.reported,
                 "settings": dict(method.settings),
             }
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from offramp_common.spec import CutSpec, KnobSpec
 from offramp_model.backbones import Backbone
 from offramp_model.exits import ExitHead, HeadSpec, Policy
 from offramp_model.methods import METHODS, Method
+
+Between = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class MultiExitModel(nn.Module):
@@ -43,9 +45,16 @@ class MultiExitModel(nn.Module):
         self.backbone = backbone
         self.policy: Policy = method.policy(self.spec)
         self.exits = method.branches(self.spec)
+        self.looks = tuple(range(1, spec.n_layers + 1)) if method.every_layer else tuple(depths)
         self._heads = {
-            depth: ExitHead(depth, depth == depths[0], self.exits[str(depth)], self.policy)  # type: ignore[arg-type]
-            for depth in depths
+            depth: ExitHead(
+                depth,
+                depth == self.looks[0],
+                self.exits[str(depth)],  # type: ignore[arg-type]
+                self.policy,
+                depth in depths,
+            )
+            for depth in self.looks
         }
 
     @property
@@ -62,7 +71,7 @@ class MultiExitModel(nn.Module):
         return self.method.knobs(self.spec)
 
     def head(self, depth: int) -> ExitHead | None:
-        """The exit head after `depth` layers, if one stands there."""
+        """What looks at the hidden state after `depth` layers, if anything does."""
         return self._heads.get(depth)
 
     def cut(self, depth: int) -> CutSpec:
@@ -70,12 +79,18 @@ class MultiExitModel(nn.Module):
         if depth == 0:
             vocabulary = (self.backbone.vocabulary, self.backbone.segments)[: self.channels]
             return CutSpec(0, True, self.channels, {}, vocabulary)
-        passed = [exit_depth for exit_depth in self.spec.exits if exit_depth <= depth]
+        passed = [look for look in self.looks if look <= depth]
         state = self.policy.state_fields(passed[-1]) if passed else {}
         return CutSpec(depth, False, self.backbone.width, state)
 
-    def forward(self, inputs_BTF: Tensor, mask_BT: Tensor) -> dict[int, dict[str, Tensor]]:
-        """All exits' outputs, by depth: what training needs. No row leaves."""
+    def forward(
+        self, inputs_BTF: Tensor, mask_BT: Tensor, between: Between | None = None
+    ) -> dict[int, dict[str, Tensor]]:
+        """All exits' outputs, by depth: what training needs. No row leaves.
+
+        between   (depth, hidden_BTD) -> (what the exit head reads, what the next layer reads): where a
+                  recipe scales or stops gradients. Values must not change.
+        """
         hidden_BTD = self.backbone.embed(inputs_BTF)
         # Branches that read earlier exits do so from state; training passes it along like the runner.
         state: Mapping[str, Tensor] = {}
@@ -84,9 +99,12 @@ class MultiExitModel(nn.Module):
         knobs = {knob.name: zero + knob.never for knob in self.knobs}
         for depth in range(1, self.n_layers + 1):
             hidden_BTD = self.backbone.run_layers(hidden_BTD, mask_BT, depth - 1, depth)
+            read_BTD = hidden_BTD
+            if between is not None:
+                read_BTD, hidden_BTD = between(depth, hidden_BTD)
             head = self.head(depth)
             if head is not None:
-                decision, out[depth] = head(hidden_BTD, mask_BT, state, knobs)
+                decision, out[depth] = head(read_BTD, mask_BT, state, knobs)
                 state = decision.state
         return out
 
@@ -121,12 +139,14 @@ class TorchLayers:
             for name, values in knobs.items()
         }
         decision, outputs = head(hidden_BTD, mask_BT, {**acts.state, **acts.token_state}, here)
-        look = Look(
+        look: Look[Tensor] | None = Look(
             decision.leave_B.cpu().numpy(),
             decision.answer,
             decision.confidence_B.cpu().numpy(),
             outputs,
         )
+        if not head.exit:
+            look = None
         fields = model.policy.state_fields(depth)
         state = {name: decision.state[name] for name, f in fields.items() if not f.per_token}
         token_state = {name: decision.state[name] for name, f in fields.items() if f.per_token}

@@ -33,7 +33,7 @@ from offramp_edge.runtime import OnnxLayers
 from offramp_model.backbones import backbone_from_config, backbone_from_pretrained
 from offramp_model.exits import Branch, Decision, HeadSpec, Policy, State
 from offramp_model.export import add_graphs, capture
-from offramp_model.methods import METHODS, Method
+from offramp_model.methods import METHODS
 from offramp_model.methods.deebert import entropy
 from offramp_model.onnx_weights import Weights
 from offramp_model.split_model import MultiExitModel, TorchLayers, to_torch
@@ -179,15 +179,14 @@ class AwkwardPolicy:
         return Decision(stable_B >= knobs["share"], outputs["again"], stable_B, new)
 
 
-AWKWARD = Method(
+AWKWARD = replace(
+    METHODS["pabee"],
     name="awkward",
-    paper=METHODS["pabee"].paper,
     rule="Leave when enough tokens stay above, or below, the mean.",
     tasks=("classification",),
     policy=lambda spec: AwkwardPolicy(),
     branches=lambda spec: nn.ModuleDict({str(d): AwkwardBranch(spec.width) for d in spec.exits}),
     knobs=lambda spec: (KnobSpec("share", 0.0, 1.0, never=2.0, meaning="of tokens that agree"),),
-    recipe="weighted-joint",
 )
 
 

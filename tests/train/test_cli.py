@@ -148,7 +148,7 @@ def test_pairs_with_scores_are_a_regression_from_end_to_end(folder: Path) -> Non
     ("words", "says"),
     [
         (["--method", "nope"], "known: deebert"),
-        (["--method", "pabee", "--recipe", "two-stage"], "share weights"),
+        (["--method", "pabee", "--recipe", "deebert"], "share weights"),
         (["--backbone", "pkg:no-such-weights"], "no installed package no_such_weights"),
         (["--backbone", "."], "cannot be loaded"),
         (["--task", "regression"], "is not a number"),

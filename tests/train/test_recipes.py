@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from seen import VALUES, seen
 from tiny_checkpoint import make_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
@@ -17,19 +19,20 @@ from offramp_model.backbones import backbone_from_pretrained
 from offramp_model.exits import HeadSpec
 from offramp_model.methods import METHODS
 from offramp_model.split_model import MultiExitModel
-from offramp_train.build import resolve_config
-from offramp_train.config import Loss
+from offramp_train.batches import Example
+from offramp_train.build import resolve_config, set_apart
+from offramp_train.fits.fit import Fit
 from offramp_train.quantise import StoredWeights, as_stored
-from offramp_train.recipes import (
-    RECIPES,
+from offramp_train.recipe_check import (
+    check_model,
     check_recipe,
-    depth_weighted,
-    early_sum,
-    final_loss,
-    self_distilled,
+    loss_settings,
     set_trainable,
     start_heads,
 )
+from offramp_train.recipes import RECIPES
+from offramp_train.recipes.recipe import depth_weighted, early_sum, final_loss
+from offramp_train.recipes.self_distilled_joint import self_distilled
 
 TASK = TaskSpec("classification", ("a", "b", "c"))
 
@@ -47,20 +50,20 @@ def _model(checkpoint: Path, method: str = "deebert", **settings: Any) -> MultiE
     return MultiExitModel(backbone, METHODS[method], spec)
 
 
-def _answers() -> tuple[dict[int, Tensor], Tensor, Tensor]:
+def _answers() -> tuple[dict[int, Tensor], Tensor]:
     torch.manual_seed(1)
     answers = {depth: torch.randn(5, 3, requires_grad=True) for depth in (1, 2, 3)}
-    return answers, torch.tensor([0, 2, 1, 1, 0]), torch.ones(5)
+    return answers, torch.tensor([0, 2, 1, 1, 0])
 
 
 def test_pabees_loss_is_the_sum_of_depth_times_loss_over_the_sum_of_depths() -> None:
-    answers, target, weight = _answers()
+    answers, target = _answers()
     by_hand = (
         1 * cross_entropy(answers[1], target)
         + 2 * cross_entropy(answers[2], target)
         + 3 * cross_entropy(answers[3], target)
     ) / 6
-    assert torch.allclose(depth_weighted(answers, target, weight, TASK, Loss()), by_hand)
+    assert torch.allclose(depth_weighted(seen(answers, target)), by_hand)
 
 
 def test_pabees_loss_for_a_regression_is_made_of_squared_errors() -> None:
@@ -68,22 +71,21 @@ def test_pabees_loss_for_a_regression_is_made_of_squared_errors() -> None:
     answers = {depth: torch.randn(4, 1) for depth in (1, 2)}
     target = torch.tensor([0.5, 1.0, -1.0, 2.0])
     errors = [((answers[d][:, 0] - target) ** 2).mean() for d in (1, 2)]
-    loss = depth_weighted(answers, target, torch.ones(4), TaskSpec("regression"), Loss())
+    loss = depth_weighted(seen(answers, target, task=VALUES))
     assert torch.allclose(loss, (errors[0] + 2 * errors[1]) / 3)
 
 
 def test_deeberts_second_loss_is_a_plain_sum_over_the_early_exits() -> None:
-    answers, target, weight = _answers()
+    answers, target = _answers()
     by_hand = cross_entropy(answers[1], target) + cross_entropy(answers[2], target)
-    assert torch.allclose(early_sum(answers, target, weight, TASK, Loss()), by_hand)
-    by_hand = cross_entropy(answers[3], target)
-    assert torch.allclose(final_loss(answers, target, weight, TASK, Loss()), by_hand)
+    assert torch.allclose(early_sum(seen(answers, target)), by_hand)
+    assert torch.allclose(final_loss(seen(answers, target)), cross_entropy(answers[3], target))
 
 
 def test_self_distillation_pulls_early_exits_to_the_deepest_and_not_the_deepest_to_them() -> None:
-    answers, target, weight = _answers()
-    settings = Loss(exit_weights=(1.0, 2.0, 3.0), distil=0.25, temperature=2.0)
-    loss = self_distilled(answers, target, weight, TASK, settings)
+    answers, target = _answers()
+    settings: dict[str, Any] = {"exit_weights": (1.0, 2.0, 3.0), "distil": 0.25, "temperature": 2.0}
+    loss = self_distilled(seen(answers, target, RECIPES["self-distilled-joint"], **settings))
     teacher = (answers[3].detach() / 2).softmax(-1)
     by_hand = 3 * cross_entropy(answers[3], target)
     for depth in (1, 2):
@@ -99,40 +101,68 @@ def test_self_distillation_pulls_early_exits_to_the_deepest_and_not_the_deepest_
 
 
 def test_row_weights_count_in_every_loss() -> None:
-    answers, target, _ = _answers()
+    answers, target = _answers()
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
+    recipe = RECIPES["self-distilled-joint"]
     for loss in (depth_weighted, early_sum, final_loss, self_distilled):
         first = {depth: answer[:3] for depth, answer in answers.items()}
-        whole = loss(answers, target, weight, TASK, Loss())
-        assert torch.allclose(whole, loss(first, target[:3], weight[:3], TASK, Loss()))
+        whole = loss(seen(answers, target, recipe, weight_B=weight))
+        assert torch.allclose(whole, loss(seen(first, target[:3], recipe)))
 
 
 def test_two_stages_are_refused_where_exits_share_weights_with_the_final_head(
     checkpoint: Path,
 ) -> None:
     with pytest.raises(ConfigError, match="share weights"):
-        check_recipe(RECIPES["two-stage"], _model(checkpoint, "pabee"), Loss())
-    check_recipe(RECIPES["two-stage"], _model(checkpoint), Loss())
-    check_recipe(RECIPES["self-distilled-joint"], _model(checkpoint, "pabee"), Loss())
+        check_model(RECIPES["deebert"], _model(checkpoint, "pabee"), {})
+    check_model(RECIPES["deebert"], _model(checkpoint), {})
+    check_model(RECIPES["self-distilled-joint"], _model(checkpoint, "pabee"), {"exit_weights": ()})
 
 
 def test_loss_settings_that_a_recipe_does_not_have_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"loss\.temperature: recipe weighted-joint has a fixed"):
-        check_recipe(RECIPES["weighted-joint"], _model(checkpoint), Loss(temperature=4.0))
+    with pytest.raises(ConfigError, match=r"recipe pabee has no loss\.temperature; it has none"):
+        loss_settings(RECIPES["pabee"], {"temperature": 4.0}, "f.toml")
+    joint = RECIPES["self-distilled-joint"]
+    for bad in ({"distil": 1.5}, {"distil": "x"}, {"distil": True}, {"exit_weights": [-1.0]}):
+        with pytest.raises(ConfigError, match=r"f\.toml: loss\.\w+ = .*: must be"):
+            loss_settings(joint, bad, "f.toml")
+    weights = loss_settings(joint, {"exit_weights": [1, 1]}, "f.toml")
     with pytest.raises(ConfigError, match="2 weights for 3 exits"):
-        check_recipe(
-            RECIPES["self-distilled-joint"], _model(checkpoint), Loss(exit_weights=(1.0, 1.0))
-        )
+        check_model(joint, _model(checkpoint), weights)
+
+
+def test_a_recipe_that_leaves_something_untrained_or_trains_what_is_not_there_is_refused() -> None:
+    class_task = TaskSpec("classification", ("a", "b"))
+    odd = replace(METHODS["deebert"], learned=lambda settings: ("logits", "stop"))
+    with pytest.raises(ConfigError, match="would leave deebert's 'stop' untrained"):
+        check_recipe(RECIPES["pabee"], odd, class_task, {})
+    needy = replace(RECIPES["pabee"], needs=("logits", "stop"))
+    with pytest.raises(ConfigError, match="trains the exits' 'stop', which deebert does not have"):
+        check_recipe(needy, METHODS["deebert"], class_task, {})
+    narrow = replace(RECIPES["pabee"], tasks=("classification",))
+    with pytest.raises(ConfigError, match="no loss for regression; recipes that have: deebert"):
+        check_recipe(narrow, METHODS["pabee"], TaskSpec("regression"), {})
+
+
+def test_rows_set_apart_for_a_fit_are_no_longer_trained_on() -> None:
+    rows = [Example((1,), (0,), i) for i in range(100)]
+    fits = (Fit("a", "scale", lambda f: {}, 0.1), Fit("b", "train", lambda f: {}))
+    train, parts = set_apart(rows, fits, seed=3)
+    assert set(parts) == {"scale"}
+    assert (len(train), len(parts["scale"])) == (90, 10)
+    assert {e.target for e in train} | {e.target for e in parts["scale"]} == set(range(100))
+    assert set_apart(rows, fits, seed=3) == (train, parts)
+    assert set_apart(rows, (), seed=3) == (rows, {})
 
 
 def test_each_stage_trains_its_own_part(checkpoint: Path) -> None:
-    model, stages = _model(checkpoint), RECIPES["two-stage"].stages
+    model, stages = _model(checkpoint), RECIPES["deebert"].stages
     early = {id(p) for depth in ("1", "2") for p in model.exits[depth].parameters()}
     set_trainable(model, stages[0], freeze_embeddings=False)
     assert {id(p) for p in model.parameters() if not p.requires_grad} == early
     set_trainable(model, stages[1], freeze_embeddings=False)
     assert {id(p) for p in model.parameters() if p.requires_grad} == early
-    set_trainable(model, RECIPES["weighted-joint"].stages[0], freeze_embeddings=True)
+    set_trainable(model, RECIPES["pabee"].stages[0], freeze_embeddings=True)
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     assert frozen == {id(p) for p in model.backbone.embeddings.parameters()}
 
@@ -206,8 +236,8 @@ def test_a_wrong_setting_is_named(table: dict[str, Any], says: str) -> None:
 
 def test_recipes_bring_the_papers_settings_and_the_users_win() -> None:
     deebert = resolve_config({"method": "deebert"}, where="x")
-    assert (deebert.recipe, deebert.training.batch, deebert.training.epochs) == ("two-stage", 8, 3)
+    assert (deebert.recipe, deebert.training.batch, deebert.training.epochs) == ("deebert", 8, 3)
     pabee = resolve_config({"method": "pabee", "training": {"epochs": 2}}, where="x")
-    assert (pabee.recipe, pabee.training.batch, pabee.training.epochs) == ("weighted-joint", 32, 2)
+    assert (pabee.recipe, pabee.training.batch, pabee.training.epochs) == ("pabee", 32, 2)
     assert pabee.training.keep == "best"
     assert pabee.settings == {"pooling": "first"}

@@ -191,6 +191,23 @@ def bucketed(lengths: Sequence[int], batch: int, rng: random.Random) -> list[lis
     return out
 
 
+def halved(
+    lengths: Sequence[int], batch: int, rng: random.Random, halves: random.Random
+) -> list[list[int]]:
+    """As `bucketed`, each of two halves by itself; their batches take turns, an even number in all.
+
+    The halves are `halves`'s choice alone, so they can be the same in every epoch. Rows are left out where
+    the halves would not make as many batches.
+    """
+    order = list(range(len(lengths)))
+    halves.shuffle(order)
+    parts = []
+    for rows in (order[::2], order[1::2]):
+        of_half = bucketed([lengths[i] for i in rows], batch, rng)
+        parts.append([[rows[i] for i in group] for group in of_half])
+    return [group for pair in zip(*parts, strict=False) for group in pair]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """inputs_BTF int64, padded at the end with 0; mask_BT; target_B (int64 or float32); weight_B."""

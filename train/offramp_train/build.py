@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,18 +23,22 @@ from offramp_model.exits import HeadSpec
 from offramp_model.methods import METHODS
 from offramp_model.split_model import MultiExitModel
 from offramp_model.store import About, save_model
-from offramp_train.batches import Epochs, encode, tokenizer_json, unknown_token
+from offramp_train.batches import Epochs, Example, encode, tokenizer_json, unknown_token
 from offramp_train.calibrate import Goal, Point, calibrate
 from offramp_train.card import card_text
 from offramp_train.checkpoint import Checkpoints, StopSignal
 from offramp_train.config import TrainConfig, config_from, merge
 from offramp_train.data import Splits, read_splits
+from offramp_train.fits import FITS
+from offramp_train.fits.fit import Fit, Fitting
 from offramp_train.loop import Trainer
 from offramp_train.measure import PRECISIONS, has_graphs, subject
 from offramp_train.metrics import metric_of
 from offramp_train.progress import Report
 from offramp_train.quality import CURVE, curve_points, plot
-from offramp_train.recipes import check_recipe, recipe_named, start_heads
+from offramp_train.quantise import StoredWeights
+from offramp_train.recipe_check import check_model, check_recipe, loss_settings, start_heads
+from offramp_train.recipes import recipe_named
 from offramp_train.shift import shift_label
 
 _PACKAGE = "pkg:"
@@ -77,7 +82,8 @@ def resolve_config(*tables: Mapping[str, Any], where: str) -> TrainConfig:
             known = ", ".join(settings) or "none"
             raise ConfigError(f"{where}: {method} has no setting {key!r}; it has: {known}")
     own = {"method": method, "recipe": recipe.name, "settings": settings}
-    return config_from(merge(recipe.defaults, own, wanted, {"recipe": recipe.name}), where)
+    config = config_from(merge(recipe.defaults, own, wanted, {"recipe": recipe.name}), where)
+    return replace(config, loss=loss_settings(recipe, config.loss, where))
 
 
 def train_bundle(request: Request, report: Report) -> Bundle:
@@ -144,7 +150,9 @@ def _model(config: TrainConfig, splits: Splits) -> tuple[MultiExitModel, str, in
         model = MultiExitModel(backbone, METHODS[config.method], spec)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    check_recipe(recipe_named(config.recipe), model, config.loss)
+    recipe = recipe_named(config.recipe)
+    check_recipe(recipe, model.method, splits.task, config.settings)
+    check_model(recipe, model, config.loss)
     start_heads(model, config.training.poolers)
     return model, tokenizer_json(path), min(config.max_tokens, backbone.max_tokens)
 
@@ -177,12 +185,20 @@ def _fit(
     config = request.config
     train = encode(splits.train, splits.task, tokenizer, max_tokens)
     dev = encode(splits.dev, splits.task, tokenizer, max_tokens)
+    fits = FITS.get(config.method, ())
+    train, apart = set_apart(train, fits, config.seed)
     unknown = unknown_token(tokenizer) if config.augment.word_dropout else 0
     epochs = Epochs(tuple(train), splits.task, config.augment, unknown)
     recipe = recipe_named(config.recipe)
     report.say(f"{config.method} by recipe {recipe.name}: {recipe.summary}")
     with StopSignal(request.max_minutes) as stop:
         history = Trainer(model, recipe, config, epochs, dev, checkpoints, report, stop).fit()
+    parts = {"train": train, "dev": dev, **apart}
+    for fit in fits:
+        report.say(f"fitting {fit.name} on {len(parts[fit.part])} rows ({fit.part})")
+        with StoredWeights(model).swapped():
+            record = fit.run(Fitting(model.eval(), parts[fit.part], config.seed))
+        history.append({"stage": fit.name, **record})
     if config.calibration.shift_label:
         shift = shift_label(model, dev, config.calibration)
         report.say(
@@ -190,6 +206,20 @@ def _fit(
         )
         history.append({"stage": "shift", "label": config.calibration.shift_label, "by": shift})
     return history
+
+
+def set_apart(
+    train: list[Example], fits: tuple[Fit, ...], seed: int
+) -> tuple[list[Example], dict[str, list[Example]]]:
+    """(rows to train on, part -> rows that fits have to themselves), by a seeded shuffle."""
+    order = list(range(len(train)))
+    random.Random(f"parts-{seed}").shuffle(order)
+    parts: dict[str, list[Example]] = {}
+    for part, share in {fit.part: fit.share for fit in fits if fit.share}.items():
+        n = round(share * len(train))
+        parts[part] = [train[i] for i in sorted(order[:n])]
+        order = order[n:]
+    return [train[i] for i in sorted(order)], parts
 
 
 def _split(config: TrainConfig, model: MultiExitModel) -> int:

@@ -15,9 +15,11 @@ from offramp_common.errors import ConfigError
 class Training:
     """[training]: the optimisation of every stage of the recipe.
 
-    epochs             of each stage
+    epochs             of each stage;  stage_epochs: one number a stage instead, where given
     batch              rows of one forward pass;  accumulate: passes to one update
     lr                 peak learning rate;  head_lr: of the exit heads, 0 means lr
+    stage_lr           one rate a stage for all that learns, in place of both, where given
+    extra_lr           of what a recipe learns beside the model
     weight_decay       of matrices; biases and norms have none
     warmup             share of the updates over which the rate rises; then it falls linearly to 0
     clip               largest gradient norm
@@ -37,6 +39,9 @@ class Training:
     accumulate: int = 1
     lr: float = 2e-5
     head_lr: float = 0.0
+    stage_epochs: tuple[int, ...] = ()
+    stage_lr: tuple[float, ...] = ()
+    extra_lr: float = 1e-2
     weight_decay: float = 0.0
     warmup: float = 0.0
     clip: float = 1.0
@@ -50,8 +55,11 @@ class Training:
     checkpoint_steps: int = 300
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate", "lr", "clip", "checkpoint_steps"):
+        for name in ("epochs", "batch", "accumulate", "lr", "extra_lr", "clip", "checkpoint_steps"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "above 0")
+        for name in ("stage_epochs", "stage_lr"):
+            values = getattr(self, name)
+            _require(all(v > 0 for v in values), f"training.{name}", values, "all above 0")
         for name in ("warmup", "ema", "dropout"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"training.{name}", value, "at least 0 and below 1")
@@ -62,28 +70,6 @@ class Training:
         _require(self.keep in ("best", "last"), "training.keep", self.keep, "best or last")
         allowed = ("auto", "pretrained", "fresh")
         _require(self.poolers in allowed, "training.poolers", self.poolers, " or ".join(allowed))
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """[loss]: of recipes that leave a choice.
-
-    exit_weights   of the exits, shallowest first; empty: equal
-    distil         share of each exit's loss that is its distance from the deepest exit (0: labels only)
-    temperature    of both softmaxes in that distance
-    """
-
-    exit_weights: tuple[float, ...] = ()
-    distil: float = 0.5
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.distil <= 1, "loss.distil", self.distil, "from 0 to 1")
-        _require(self.temperature > 0, "loss.temperature", self.temperature, "above 0")
-        positive = not self.exit_weights or (
-            min(self.exit_weights) >= 0 and sum(self.exit_weights) > 0
-        )
-        _require(positive, "loss.exit_weights", self.exit_weights, "not below 0, and not all 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +107,7 @@ class Calibration:
     """[calibration]: the operating point that the bundle gets, found on dev.
 
     max_drop       points of quality it may cost;  margin: points kept in hand
-    per_exit       thresholds may differ from exit to exit (see calibrate.Goal)
+    epsilon        risk of the guaranteed calibration, for methods that offer one; 0 goes by max_drop
     per_exit       whether each exit may have a value of its own (see calibrate.Goal)
     label_weights  label -> weight of its rows, where dev has another mix of labels than real use
     shift_label    a label (out of scope) whose logit is lowered at every exit, after training, until the rows
@@ -130,6 +116,7 @@ class Calibration:
 
     max_drop: float = 1.0
     margin: float = 0.0
+    epsilon: float = 0.0
     per_exit: bool = True
     label_weights: Mapping[str, float] = field(default_factory=dict)
     shift_label: str = ""
@@ -137,6 +124,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         _require(self.max_drop >= 0, "calibration.max_drop", self.max_drop, "at least 0")
+        within = 0 <= self.epsilon < 1
+        _require(within, "calibration.epsilon", self.epsilon, "at least 0 and below 1")
         _require(self.margin >= 0, "calibration.margin", self.margin, "at least 0")
         within = 0 <= self.shift_others <= 100
         _require(within, "calibration.shift_others", self.shift_others, "a percentage")
@@ -163,7 +152,7 @@ class TrainConfig:
 
     recipe     "" takes the method's own
     exits      depths with an exit head; empty: after every layer
-    settings   the method's structural settings
+    settings   the method's structural settings;  loss: the recipe's (recipe_check.loss_settings)
     split      layers that the device runs unless told otherwise; -1: half of them
     precision  what the device runs unless told otherwise: "fp32" or "int8"
     columns    see tables.read_rows
@@ -183,8 +172,8 @@ class TrainConfig:
     task: str = ""
     dev_share: float = 0.1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
     training: Training = field(default_factory=Training)
-    loss: Loss = field(default_factory=Loss)
     augment: Augment = field(default_factory=Augment)
     calibration: Calibration = field(default_factory=Calibration)
     card: Card = field(default_factory=Card)
@@ -199,10 +188,24 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def for_stage(self, index: int, n_stages: int) -> Training:
+        """[training] as the recipe's stage of this index has it. Raises ConfigError."""
+        settings = self.training
+        for name in ("stage_epochs", "stage_lr"):
+            given = getattr(settings, name)
+            if given and len(given) != n_stages:
+                raise ConfigError(
+                    f"training.{name}: {len(given)} values for {n_stages} stages of recipe {self.recipe}"
+                )
+        if settings.stage_epochs:
+            settings = replace(settings, epochs=settings.stage_epochs[index])
+        if settings.stage_lr:
+            settings = replace(settings, lr=settings.stage_lr[index], head_lr=0.0)
+        return settings
+
 
 _SECTIONS = {
     "training": Training,
-    "loss": Loss,
     "augment": Augment,
     "calibration": Calibration,
     "card": Card,
@@ -236,7 +239,7 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for table in tables:
         for key, value in table.items():
-            nested = isinstance(value, Mapping) and (key in _SECTIONS or key == "settings")
+            nested = isinstance(value, Mapping) and key in (*_SECTIONS, "settings", "loss")
             out[key] = {**out.get(key, {}), **value} if nested else value
     return out
 

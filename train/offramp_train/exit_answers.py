@@ -26,8 +26,9 @@ def exit_answers(
     for start in range(0, len(order), _EVALUATION_ROWS):
         rows = [examples[i] for i in order[start : start + _EVALUATION_ROWS]]
         batch = collate(rows, model.channels)
-        for depth, out in model(batch.inputs_BTF, batch.mask_BT).items():
-            parts[depth].append(out["logits"].float().numpy())
+        outputs = model(batch.inputs_BTF, batch.mask_BT)
+        for depth, answers in parts.items():
+            answers.append(outputs[depth]["logits"].float().numpy())
     target_N = np.array([examples[i].target for i in order])
     return {depth: np.concatenate(answers) for depth, answers in parts.items()}, target_N
 

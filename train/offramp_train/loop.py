@@ -9,21 +9,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp_model.split_model import MultiExitModel
-from offramp_train.batches import Batch, Epochs, Example, bucketed, collate
+from offramp_train.batches import Batch, Epochs, Example, bucketed, collate, halved
 from offramp_train.checkpoint import Checkpoints, Stopped, StopSignal
 from offramp_train.config import TrainConfig, Training
 from offramp_train.exit_answers import exit_quality
 from offramp_train.metrics import metric_of
 from offramp_train.progress import Report
 from offramp_train.quantise import StoredWeights
-from offramp_train.recipes import Recipe, Stage, set_trainable
+from offramp_train.recipe_check import set_trainable
+from offramp_train.recipes.recipe import Between, Pass, Progress, Recipe, Seen, Stage
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ class Trainer:
         )
         self.checkpoints, self.report, self.stop = checkpoints, report, stop
         self.settings: Training = config.training
+        self.extra = None if recipe.extra is None else recipe.extra(model, config.loss)
         self.cursor = Cursor()
 
     def fit(self) -> list[dict[str, Any]]:
@@ -101,6 +104,8 @@ class Trainer:
         if saved is not None:
             self.cursor = Cursor(**json.loads(saved["cursor"]))
             self.model.load_state_dict(saved["model"])
+            if self.extra is not None:
+                self.extra.load_state_dict(saved["extra"])
             self.report.say(
                 f"continuing at epoch {self.cursor.epoch + 1}, update {self.cursor.step}"
             )
@@ -111,11 +116,12 @@ class Trainer:
         return self.cursor.history
 
     def _stage(self, stage: Stage, saved: dict[str, Any] | None) -> None:
+        self.settings = self.config.for_stage(self.cursor.stage, len(self.recipe.stages))
         set_trainable(self.model, stage, self.settings.freeze_embeddings)
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.updates = self._updates()
         self.weights = StoredWeights(self.model)
-        self.optimiser = _optimiser(self.model, self.settings)
+        self.optimiser = _optimiser(self.model, self.extra, self.settings)
         self.mean = RunningMean(learning, self.settings.ema) if self.settings.ema else None
         if saved is not None:
             torch.set_rng_state(saved["rng"])
@@ -142,13 +148,15 @@ class Trainer:
         rng = random.Random(f"{self.config.seed}/{cursor.stage}/{cursor.epoch}")
         altered = self.epochs.altered(cursor.epoch, settings.epochs)
         examples = self.epochs.make(rng, altered)
-        batches = bucketed([len(e.ids) for e in examples], settings.batch, rng)
+        batches = self._batches(examples, rng)
         quantised = cursor.epoch >= settings.epochs - settings.quantise_epochs
         self.model.train()
+        if stage.quiet:
+            self.model.backbone.eval()
         title = f"{stage.name}, epoch {cursor.epoch + 1} of {settings.epochs}"
         with self.report.bar(title, len(batches), cursor.batch) as bar:
             while cursor.batch < len(batches):
-                group = batches[cursor.batch : cursor.batch + settings.accumulate]
+                group = batches[cursor.batch : cursor.batch + self._group]
                 rows = [[examples[i] for i in batch] for batch in group]
                 loss = self._update(stage, rows, quantised)
                 cursor.loss_sum += loss * len(group)
@@ -164,40 +172,76 @@ class Trainer:
         cursor.epoch, cursor.batch, cursor.loss_sum = cursor.epoch + 1, 0, 0.0
         self._save()
 
+    @property
+    def _group(self) -> int:
+        """Batches of one update."""
+        return 2 if self.recipe.halves else self.settings.accumulate
+
+    def _batches(self, examples: Sequence[Example], rng: random.Random) -> list[list[int]]:
+        lengths, batch = [len(e.ids) for e in examples], self.settings.batch
+        if self.recipe.halves:
+            return halved(lengths, batch, rng, random.Random(f"{self.config.seed}/halves"))
+        return bucketed(lengths, batch, rng)
+
     def _updates(self) -> int:
         """Of the whole stage."""
         settings, total = self.settings, 0
         for epoch in range(settings.epochs):
             rows = self.epochs.size(self.epochs.altered(epoch, settings.epochs))
-            total += math.ceil(math.ceil(rows / settings.batch) / settings.accumulate)
+            if self.recipe.halves:
+                total += math.ceil((rows // 2) / settings.batch)
+            else:
+                total += math.ceil(math.ceil(rows / settings.batch) / settings.accumulate)
         return total
 
     def _update(self, stage: Stage, group: list[list[Example]], quantised: bool) -> float:
         """One update from a group of batches; the mean loss."""
-        settings, total = self.settings, 0.0
+        settings = self.settings
         rate = schedule(self.cursor.step, self.updates, settings.warmup)
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = parameters["peak"] * rate
         self.optimiser.zero_grad(set_to_none=True)
-        for examples in group:
-            with self.weights.swapped(quantised):
-                loss = self._loss(stage, collate(examples, self.model.channels))
-                (loss / len(group)).backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+        batches = [collate(examples, self.model.channels) for examples in group]
+        with self.weights.swapped(quantised):
+            loss = stage.gradients(
+                Pass(
+                    self.model,
+                    self.extra,
+                    lambda batch: self._see(stage, batch),
+                    batches,
+                    settings.lr * rate,
+                )
+            )
         learning = [p for p in self.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(learning, settings.clip)
         self.optimiser.step()
         self.cursor.step += 1
         if self.mean is not None:
             self.mean.update(self.cursor.step)
-        return total / len(group)
+        return loss
 
-    def _loss(self, stage: Stage, batch: Batch) -> Tensor:
+    def _see(self, stage: Stage, batch: Batch) -> Seen:
+        cursor, spec = self.cursor, self.model.spec
+        progress = Progress(cursor.step, self.updates, cursor.epoch, spec.n_layers)
+        between = None
+        if stage.between is not None:
+            between = partial(_between, stage.between, progress)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
-            outputs = self.model(batch.inputs_BTF, batch.mask_BT)
-        answers = {depth: out["logits"].float() for depth, out in outputs.items()}
-        task = self.model.spec.task
-        return stage.loss(answers, batch.target_B, batch.weight_B, task, self.config.loss)
+            outputs = self.model(batch.inputs_BTF, batch.mask_BT, between)
+        full = {
+            depth: {n: v.float() if v.is_floating_point() else v for n, v in named.items()}
+            for depth, named in outputs.items()
+        }
+        return Seen(
+            full,
+            spec.exits,
+            batch.target_B,
+            batch.weight_B,
+            spec.task,
+            self.config.loss,
+            progress,
+            self.extra,
+        )
 
     def _finish_epoch(self, stage: Stage, quantised: bool, loss: float) -> None:
         cursor, settings = self.cursor, self.settings
@@ -239,6 +283,7 @@ class Trainer:
             {
                 "cursor": json.dumps(asdict(self.cursor)),
                 "model": self.model.state_dict(),
+                "extra": {} if self.extra is None else self.extra.state_dict(),
                 "optimiser": {} if between_stages else self.optimiser.state_dict(),
                 "means": [] if self.mean is None else self.mean.means,
                 "rng": torch.get_rng_state(),
@@ -254,23 +299,31 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(steps - warm, 1)
 
 
-def _optimiser(model: MultiExitModel, settings: Training) -> torch.optim.AdamW:
-    """AdamW; biases and norms do not decay; exit heads may have a rate of their own."""
+def _between(
+    between: Between, progress: Progress, depth: int, hidden_BTD: Tensor
+) -> tuple[Tensor, Tensor]:
+    return between(depth, hidden_BTD, progress)
+
+
+def _optimiser(
+    model: MultiExitModel, extra: nn.Module | None, settings: Training
+) -> torch.optim.AdamW:
+    """AdamW; biases and norms do not decay; exit heads and `extra` have rates of their own."""
     heads = {id(p) for p in model.exits.parameters()}
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             key = (id(parameter) in heads, parameter.dim() > 1)
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": (settings.head_lr or settings.lr) if head else settings.lr,
-                "weight_decay": settings.weight_decay if matrix else 0.0,
-            }
-            for (head, matrix), parameters in groups.items()
-        ],
-        lr=settings.lr,
-        fused=True,
-    )
+    chosen: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "peak": (settings.head_lr or settings.lr) if head else settings.lr,
+            "weight_decay": settings.weight_decay if matrix else 0.0,
+        }
+        for (head, matrix), parameters in groups.items()
+    ]
+    if extra is not None:
+        parameters = list(extra.parameters())
+        chosen.append({"params": parameters, "peak": settings.extra_lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(chosen, lr=settings.lr, fused=True)

@@ -1,7 +1,8 @@
 """Each exit's outputs recorded once, then any operating point replayed over them without the model.
 
 A replay equals really running with exits, because policies see a row's outputs and carried state alone.
-(A branch that reads carried state must not depend on the knobs; none does.)
+(A branch that reads carried state must not depend on the knobs; none does. A policy whose method reads layers
+without an exit must decide from the branch's outputs, for such layers are not recorded.)
 
 Axes: N rows of the data set, C answer width.
 """

@@ -32,7 +32,13 @@ class Method:
     branches   builds the branch of each exit, keyed by str(depth), final head included
     knobs      what calibration may move, for a task
     recipe     name of the training recipe of the paper (offramp_train.recipes)
+    use, avoid   when to take it, and when not to: for the method's page
+    reported   what the paper reports of quality and speed; "not verified" where nobody has read it there
     settings   structural settings with their defaults; a bundle stores them
+    learned    the branch outputs that training must teach, for given settings; a recipe that teaches fewer
+               is refused
+    every_layer  branches stand after every layer, wherever exits are: the others only add to the state
+    guarantee  the guaranteed calibration it offers (offramp_train.calibrate), or ""
     """
 
     name: str
@@ -43,4 +49,10 @@ class Method:
     branches: Callable[[HeadSpec], nn.ModuleDict]
     knobs: Callable[[HeadSpec], tuple[KnobSpec, ...]]
     recipe: str
+    use: str
+    avoid: str
+    reported: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    learned: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda settings: ("logits",)
+    every_layer: bool = False
+    guarantee: str = ""

@@ -122,6 +122,18 @@ METHOD = Method(
     policy=lambda spec: PatiencePolicy(spec.n_layers, spec.task.kind == "regression"),
     branches=_branches,
     knobs=_knobs,
-    recipe="weighted-joint",
+    recipe="pabee",
+    use=(
+        "Where confidence cannot be trusted or does not exist, as in regression: agreement needs no "
+        "calibrated probabilities."
+    ),
+    avoid=(
+        "In shallow models: the patience is a whole number and costs as many layers, so there are few "
+        "operating points and none before layer 2."
+    ),
+    reported=(
+        "ALBERT-base 1.57x faster with higher scores (RTE 78.6 to 80.1, SST-2 92.8 to 93.0); BERT-base "
+        "1.62x, MNLI 84.5 to 83.6 (official README)."
+    ),
     settings={"pooling": "first"},
 )

@@ -1,0 +1,7 @@
+"""The fits of each method that has any, by its name. One method, one file."""
+
+from __future__ import annotations
+
+from offramp_train.fits.fit import Fit
+
+FITS: dict[str, tuple[Fit, ...]] = {}
