@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,10 +228,11 @@ def in_world(
     knob: float = 0.25,
     mode: str = "up",
     cloud: Mapping[str, Any] | None = None,
+    choose: Callable[[], Knobs] | None = None,
     **settings: Any,
 ) -> World:
     """Run `scenario(world)` on a virtual clock, after the first handshake if that is going to end
-    well; `cloud` are fields of FakeCloud, `settings` of EdgeSettings."""
+    well; `cloud` are fields of FakeCloud, `settings` of EdgeSettings, `choose` is the agent's."""
     loop = VirtualLoop()
     chosen = EdgeSettings(split=split, **settings)
     bundle = toy_bundle(knob=knob)
@@ -244,7 +245,7 @@ def in_world(
         session = None
         if split < N:
             session = CloudSession(fake, bundle, plan, chosen, loop, random.Random(0))
-        agent = Agent(bundle, device, session, plan.split, chosen, loop)
+        agent = Agent(bundle, device, session, plan.split, chosen, loop, choose)
         world = World(loop, fake, agent, layers, chosen)
         await agent.start()
         if mode == "up" and session is not None:

@@ -39,6 +39,6 @@ def seen(
         torch.ones(len(target_B)) if weight_B is None else weight_B,
         task,
         {} if recipe is None else loss_settings(recipe, settings, "test"),
-        Progress(step, steps, epoch, exits[-1]),
+        Progress(step, steps, epoch, exits[-1], exits=exits),
         extra,
     )

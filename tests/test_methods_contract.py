@@ -251,6 +251,9 @@ def test_the_operating_point_of_these_tests_lets_rows_leave_at_different_depths(
     """Guards the tests above: `mixed_knobs` must find a point for a new method."""
     model = subject.model()
     got = whole(TorchLayers(model), inputs(64), mixed_knobs(model))
+    if model.method.online:  # one exit for all rows, whatever they look like
+        assert set(got.depth_B.tolist()) == {2}
+        return
     assert 6 <= (got.depth_B < N).sum() <= 58, "some rows must leave early, and some must not"
 
 

@@ -135,8 +135,11 @@ def mixed_knobs(model: MultiExitModel) -> Knobs:
     """An operating point of the toy model at which about half of some random rows leave early, at as many
     depths as it can be.
 
-    Each knob is tried alone, the others being eager. The first that does best is taken.
+    Each knob is tried alone, the others being eager. The first that does best is taken. Where one exit is
+    chosen for all rows, it is one in the middle.
     """
+    if model.method.online:
+        return {knob.name: (model.n_layers // 2 + 1.0,) * model.n_layers for knob in model.knobs}
     rng = np.random.default_rng(0)
     ids_BTF = torch.from_numpy(rng.integers(len(SPECIAL), len(SPECIAL) + WORDS, (64, 12, 1)))
     mask_BT = torch.ones(64, 12, dtype=torch.bool)

@@ -12,8 +12,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp_cloud.counters import Counters
@@ -38,8 +40,9 @@ from offramp_common.errors import (
     UnknownCodec,
     WireError,
 )
+from offramp_common.exit_classes import ExitClasses
 from offramp_common.frames import Limits, decode_frame
-from offramp_common.runner import Knobs, Layers, run
+from offramp_common.runner import Knobs, Layers, Look, run
 from offramp_common.spec import KnobSpec
 from offramp_common.transport import PROTOCOL_VERSION, Completion, Hello, Offload, Welcome
 from offramp_model.exits import check_knobs
@@ -228,26 +231,33 @@ class Engine:
             self._run_rows(acts if acts.batch_size <= step else acts.take(rows), knobs)
             for rows in np.split(np.arange(acts.batch_size), range(step, acts.batch_size, step))
         ]
-        whole = [np.concatenate(column) for column in zip(*pieces, strict=True)]
-        self.counters.add(len(batch), acts, whole[1])
+        whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        self.counters.add(len(batch), acts, whole["exit_depth_B"])
         starts = np.cumsum([request.rows for request in batch])[:-1]
-        parts = zip(*(np.split(column, starts) for column in whole), strict=True)
+        split: dict[str, Any] = {n: np.split(column, starts) for n, column in whole.items()}
         return [
-            Completion(request.request_id, *part)
-            for request, part in zip(batch, parts, strict=True)
+            Completion(request.request_id, **{name: parts[i] for name, parts in split.items()})
+            for i, request in enumerate(batch)
         ]
 
-    def _run_rows(self, acts: Activations[NumpyArray], knobs: Knobs) -> list[NumpyArray]:
-        """(answers, exit depths, confidences) of the rows, in their order."""
-        n, rows = self._layers.n_layers, acts.batch_size
-        left = run(self._layers, to_torch(acts, self._device), n, knobs).left
+    def _run_rows(self, acts: Activations[NumpyArray], knobs: Knobs) -> dict[str, Any]:
+        """A Completion's arrays for the rows, in their order."""
+        n, rows, manifest = self._layers.n_layers, acts.batch_size, self.bundle.manifest
+        seen = ExitClasses(rows, [depth for depth in manifest.exits if depth > acts.depth])
+
+        def observe(depth: int, rows: NDArray[np.int64], look: Look[Tensor]) -> None:
+            seen.add(depth, rows, look.answer.float().cpu().numpy())
+
+        tell = observe if manifest.online else None
+        left = run(self._layers, to_torch(acts, self._device), n, knobs, tell).left
         answers = np.zeros((rows, *left[0].answer.shape[1:]), np.float32)
         depth_B, confidence_B = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
         for leaving in left:
             answers[leaving.rows] = leaving.answer.float().cpu().numpy()
             depth_B[leaving.rows] = leaving.depth
             confidence_B[leaving.rows] = leaving.confidence_B
-        return [answers, depth_B, confidence_B]
+        done = {"answers": answers, "exit_depth_B": depth_B, "confidence_B": confidence_B}
+        return done | ({"exit_classes_BE": seen.classes_BE} if manifest.online else {})
 
 
 def load_engine(

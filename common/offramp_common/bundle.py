@@ -48,6 +48,8 @@ class Manifest:
     max_tokens        longest input; longer text is cut
     cuts              what crosses when the model is cut at depth 0 .. n_layers - 1
     method            name of the exit method;  settings: its structural settings
+    online            the device chooses a sample's exit before it runs (offramp_edge.chooser), and the cloud
+                      reports what its exits predicted
     exits             depths with an exit head; the last is n_layers
     knobs             what calibration may move
     operating_points  precision ("fp32", "int8") -> the calibrated knobs
@@ -78,6 +80,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     curve: tuple[Mapping[str, Any], ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    online: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -108,6 +111,7 @@ class Manifest:
             "files": dict(self.files),
             "curve": [dict(point) for point in self.curve],
             "training": dict(self.training),
+            "online": self.online,
         }
 
     @classmethod
@@ -141,6 +145,7 @@ class Manifest:
             files=value["files"],
             curve=tuple(value["curve"]),
             training=value["training"],
+            online=value.get("online", False),  # bundles from before there were such methods
         )
 
 

@@ -9,8 +9,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp_common.errors import WireError
+from offramp_common.exit_classes import NO_CLASS
 from offramp_common.frames import Limits
 from offramp_common.runner import Knobs
 from offramp_common.spec import MAX_NAME_BYTES
@@ -118,6 +120,7 @@ def completion_to_pb(done: Completion) -> pb.OffloadReply:
         confidences=done.confidence_B.tolist(),
         queue_ms=done.queue_ms,
         compute_ms=done.compute_ms,
+        exit_classes=() if done.exit_classes_BE is None else done.exit_classes_BE.ravel().tolist(),
     )
 
 
@@ -141,7 +144,20 @@ def completion_from_pb(message: pb.OffloadReply) -> Completion:
         np.array(message.confidences, dtype=np.float32),
         message.queue_ms,
         message.compute_ms,
+        _exit_classes(message, rows),
     )
+
+
+def _exit_classes(message: pb.OffloadReply, rows: int) -> NDArray[np.int32] | None:
+    classes = np.array(message.exit_classes, dtype=np.int32)
+    if not classes.size:
+        return None
+    if classes.size % rows or classes.size > rows * _MAX_DEPTHS or classes.min() < NO_CLASS:
+        raise WireError(
+            f"{classes.size} exit classes for {rows} rows, the lowest {classes.min()}: must be as many for "
+            f"each row, at most {_MAX_DEPTHS}, none below {NO_CLASS}"
+        )
+    return classes.reshape(rows, -1)
 
 
 def knobs_to_pb(knobs: Knobs) -> list[pb.Knob]:

@@ -6,7 +6,7 @@ what leaves when, and what is carried on, is decided in one place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol
 
@@ -82,8 +82,17 @@ class Run(Generic[A]):
     provisional: Leaving[A] | None
 
 
-def run(layers: Layers[A], acts: Activations[A], stop: int, knobs: Knobs) -> Run[A]:
-    """Run [acts.depth, stop); rows leave where the method says so, all of them at `n_layers`."""
+def run(
+    layers: Layers[A],
+    acts: Activations[A],
+    stop: int,
+    knobs: Knobs,
+    observe: Callable[[int, NDArray[np.int64], Look[A]], None] | None = None,
+) -> Run[A]:
+    """Run [acts.depth, stop); rows leave where the method says so, all of them at `n_layers`.
+
+    observe   told of every look: its depth, and which rows of the batch given here it is at
+    """
     if not acts.depth <= stop <= layers.n_layers:
         raise ValueError(f"cannot run from depth {acts.depth} to {stop} of {layers.n_layers}")
     rows = np.arange(acts.batch_size)
@@ -98,6 +107,8 @@ def run(layers: Layers[A], acts: Activations[A], stop: int, knobs: Knobs) -> Run
         assert look is not None or acts.depth < layers.n_layers, "no exit head at full depth"
         if look is None:
             continue
+        if observe is not None:
+            observe(acts.depth, rows, look)
         leave_B = np.ones(rows.size, bool) if acts.depth == layers.n_layers else look.leave_B
         gone, stay = np.flatnonzero(leave_B), np.flatnonzero(~leave_B)
         if gone.size:

@@ -62,7 +62,11 @@ class Offload:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """The answers of an Offload's rows, in their order: answers (B, ...) float32, exit_depth_B int64."""
+    """The answers of an Offload's rows, in their order: answers (B, ...) float32, exit_depth_B int64.
+
+    exit_classes_BE   int32, what each exit deeper than the cut predicted, NO_CLASS (exit_classes.py) where a
+                      row did not pass it; None but for methods that choose exits beforehand
+    """
 
     request_id: str
     answers: NDArray[np.float32]
@@ -70,6 +74,7 @@ class Completion:
     confidence_B: NDArray[np.float32]
     queue_ms: float = 0.0
     compute_ms: float = 0.0
+    exit_classes_BE: NDArray[np.int32] | None = None
 
 
 class Transport(Protocol):

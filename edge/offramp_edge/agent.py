@@ -19,7 +19,9 @@ from dataclasses import dataclass, field, replace
 from offramp_common.bundle import Bundle
 from offramp_common.clock import Clock
 from offramp_common.errors import ConfigError, RequestError
+from offramp_common.runner import Knobs
 from offramp_common.text import label_of
+from offramp_common.transport import Completion
 from offramp_edge.answers import CLOUD, DEVICE, FALLBACK, Answer, Sample, Stages
 from offramp_edge.device import AT_ONCE_S, Device, Passed, Progress
 from offramp_edge.session import CloudSession, Finished, NotAnswered
@@ -59,13 +61,16 @@ class Agent:
         split: int,
         settings: EdgeSettings,
         clock: Clock,
+        choose: Callable[[], Knobs] | None = None,
     ) -> None:
-        """Without a `session` all layers run here, whatever `split` says."""
+        """Without a `session` all layers run here, whatever `split` says. `choose` gives the next
+        sample's own knobs, where the method chooses a sample's exit before it runs."""
         self.session = session
         self.split = device.n_layers if session is None else split
         self.on_answer: list[Callable[[Answer], None]] = []
-        self._task, self._first_exit = bundle.manifest.task, bundle.manifest.exits[0]
+        self._task, self._exits = bundle.manifest.task, bundle.manifest.exits
         self._device, self._settings, self._clock = device, settings, clock
+        self._choose = choose
         self.air = asyncio.Semaphore(settings.max_in_flight)
         self._numbers = itertools.count(1)
         self._background: list[asyncio.Task[None]] = []
@@ -137,7 +142,8 @@ class Agent:
         if not all(isinstance(part, str) for part in parts):
             raise RequestError(f"input {text!r:.80}: must be a text, or a pair of texts")
         try:
-            return await self._device.begin(text, self.split, flight.until_s)
+            knobs = None if self._choose is None else self._choose()
+            return await self._device.begin(text, self.split, flight.until_s, knobs)
         except ConfigError as error:
             raise RequestError(str(error)) from None
 
@@ -195,7 +201,7 @@ class Agent:
         rest, asked_s = progress.rest, self._clock.now()
         kept_ms = 0.0
         if progress.passed is None:
-            kept_ms = self._device.times.ms(rest.depth, self._first_exit, rest.n_tokens)
+            kept_ms = self._device.times.ms(rest.depth, self._exits[0], rest.n_tokens)
         left_s = flight.until_s - asked_s - kept_ms / 1000
         timeout_s = min(left_s, self._settings.offload_timeout_ms / 1000)
         if timeout_s <= 0:
@@ -206,7 +212,7 @@ class Agent:
             try:
                 waited_s = self._clock.now() - asked_s
                 done = await self.session.finish(
-                    rest, timeout_s - waited_s, flight.sample.traceparent
+                    rest, timeout_s - waited_s, flight.sample.traceparent, progress.knobs
                 )
             finally:
                 self.air.release()
@@ -216,9 +222,11 @@ class Agent:
                 reason, flight.bytes_up = error.reason, error.bytes_up
             late = self._clock.now() >= asked_s + left_s - _TICK_S
             raise NotAnswered("deadline" if late else reason) from error
-        return self._finished(flight, done, 1000 * waited_s)
+        return self._finished(flight, progress, done, 1000 * waited_s)
 
-    def _finished(self, flight: _Flight, done: Finished, waited_ms: float) -> Answer:
+    def _finished(
+        self, flight: _Flight, progress: Progress, done: Finished, waited_ms: float
+    ) -> Answer:
         """The cloud's answer, and what it cost; `waited_ms` for room in the air."""
         completion = done.completion
         flight.stages = replace(
@@ -233,8 +241,17 @@ class Agent:
             int(completion.exit_depth_B[0]),
             completion.answers[0],
             float(completion.confidence_B[0]),
+            self._exit_classes(progress.passed, completion),
         )
         return self._answer(flight, passed, (CLOUD, ""))
+
+    def _exit_classes(self, before: Passed | None, done: Completion) -> tuple[int, ...]:
+        """What the exits here and there predicted, up to the one that the sample left at."""
+        if self._choose is None or done.exit_classes_BE is None:
+            return ()
+        here = () if before is None else before.exit_classes
+        count = sum(depth <= done.exit_depth_B[0] for depth in self._exits)
+        return (*here, *done.exit_classes_BE[0].tolist())[:count]
 
     def _answer(self, flight: _Flight, passed: Passed, place: Place) -> Answer:
         said = label_of(self._task, passed.answer)
@@ -253,6 +270,7 @@ class Agent:
             bytes_up=flight.bytes_up,
             bytes_down=flight.bytes_down,
             logits=tuple(passed.answer.tolist()) if self._settings.logits else None,
+            exit_classes=passed.exit_classes,
         )
 
     def _told(self, answer: Answer) -> Answer:

@@ -69,6 +69,8 @@ class Answer:
     ms           from when the worker took the sample until it was answered
     bytes_up     the request as serialized, frame and envelope (HTTP/2 and TLS come on top); also
                  where it was sent in vain
+    exit_classes   what the exits it passed predicted, shallowest first, -1 for none (logits that were
+                 not numbers); empty unless its exit was chosen before it ran
     """
 
     id: str
@@ -85,11 +87,14 @@ class Answer:
     bytes_up: int = 0
     bytes_down: int = 0
     logits: tuple[float, ...] | None = None
+    exit_classes: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `logits` only where they were asked for. JSON has no NaN and no infinity:
         they become None."""
         value = asdict(self)
+        if not self.exit_classes:
+            del value["exit_classes"]
         value["ms"] = round(self.ms, 3)
         value["stages_ms"] = {name: round(ms, 3) for name, ms in value["stages_ms"].items()}
         value["confidence"] = _finite(self.confidence)

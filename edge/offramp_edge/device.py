@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.clock import Clock
+from offramp_common.exit_classes import classes_of
 from offramp_common.runner import Knobs, Layers, Leaving, run
 from offramp_common.text import Text
 
@@ -31,11 +32,15 @@ AT_ONCE_S = -math.inf
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Passed:
-    """What the deepest exit head passed so far says of the sample: answer (C,)."""
+    """What the deepest exit head passed so far says of the sample: answer (C,).
+
+    exit_classes   what it and all exits before it predicted; empty unless the sample's exit was chosen
+    """
 
     depth: int
     answer: NDArray[np.float32]
     confidence: float
+    exit_classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +51,7 @@ class Progress:
     passed    the deepest exit's view; None while none has been passed
     late      the deadline stopped it before the depth that was asked for
     began_s, ended_s   on the clock, of the latest stretch
+    knobs     the sample's own, where its exit was chosen beforehand
     """
 
     rest: Activations[NumpyArray] | None
@@ -53,6 +59,7 @@ class Progress:
     late: bool
     began_s: float
     ended_s: float
+    knobs: Knobs | None = None
 
 
 class LayerTimes:
@@ -96,11 +103,14 @@ class Device:
         self._layers, self._encode, self._knobs = layers, encode, knobs
         self._clock, self._executor = clock, executor
 
-    async def begin(self, text: Text, stop: int, until_s: float) -> Progress:
-        """Tokenize and run [0, stop), or less where the clock would pass `until_s`.
+    async def begin(
+        self, text: Text, stop: int, until_s: float, knobs: Knobs | None = None
+    ) -> Progress:
+        """Tokenize and run [0, stop), or less where the clock would pass `until_s`. `knobs` are the
+        sample's own, where its exit was chosen beforehand.
 
         Raises ConfigError when the text is not what the model takes."""
-        return await self._in_thread(lambda: self._begin(text, stop, until_s))
+        return await self._in_thread(lambda: self._begin(text, stop, until_s, knobs))
 
     async def go_on(self, progress: Progress, stop: int, until_s: float) -> Progress:
         """Run the rest of `progress` up to `stop`, or to an exit before `until_s`; where no exit
@@ -117,27 +127,28 @@ class Device:
     async def _in_thread(self, call: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
-    def _begin(self, text: Text, stop: int, until_s: float) -> Progress:
+    def _begin(self, text: Text, stop: int, until_s: float, knobs: Knobs | None) -> Progress:
         began_s = self._clock.now()
-        acts = self._encode([text])
-        return self._advance(Progress(acts, None, False, began_s, began_s), stop, until_s, began_s)
+        start = Progress(self._encode([text]), None, False, began_s, began_s, knobs)
+        return self._advance(start, stop, until_s, began_s)
 
     def _advance(self, progress: Progress, stop: int, until_s: float, began_s: float) -> Progress:
         rest, passed, now_s = progress.rest, progress.passed, self._clock.now()
-        late = False
+        chosen, late = progress.knobs, False
         while rest is not None and rest.depth < stop:
             expected_ms = self.times.ms(rest.depth, rest.depth + 1, rest.n_tokens)
             late = passed is not None and now_s + expected_ms / 1000 > until_s
             if late:
                 break
             depth, n_tokens = rest.depth, rest.n_tokens
-            ran = run(self._layers, rest, depth + 1, self._knobs)
+            ran = run(self._layers, rest, depth + 1, self._knobs if chosen is None else chosen)
             before_s, now_s = now_s, self._clock.now()
             self.times.ran(depth, n_tokens, 1000 * (now_s - before_s))
             seen = ran.left[0] if ran.left else ran.provisional
-            passed = passed if seen is None else _passed(seen)
+            if seen is not None:
+                passed = _passed(seen) if chosen is None else _noted(seen, passed)
             rest = ran.rest
-        return Progress(rest, passed, late, began_s, now_s)
+        return Progress(rest, passed, late, began_s, now_s, chosen)
 
     def _warm_up(self, text: Text) -> None:
         acts = self._encode([text])
@@ -153,3 +164,9 @@ class Device:
 
 def _passed(leaving: Leaving[NumpyArray]) -> Passed:
     return Passed(leaving.depth, leaving.answer[0], float(leaving.confidence_B[0]))
+
+
+def _noted(leaving: Leaving[NumpyArray], before: Passed | None) -> Passed:
+    """With the classes of all exits passed."""
+    classes = () if before is None else before.exit_classes
+    return replace(_passed(leaving), exit_classes=(*classes, int(classes_of(leaving.answer)[0])))

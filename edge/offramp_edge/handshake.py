@@ -67,6 +67,14 @@ def check_completion(work: Offload, done: Completion, depth: int, manifest: Mani
             f"depths {done.exit_depth_B[:4]}; must be one row of {width}, at a depth from "
             f"{depth + 1} to {n}: update the older side"
         )
+    if manifest.online:
+        deeper = sum(exit_depth > depth for exit_depth in manifest.exits)
+        classes_BE = done.exit_classes_BE
+        if classes_BE is None or classes_BE.shape != (1, deeper) or classes_BE.max() >= width:
+            raise WireError(
+                f"reply {done.request_id!r:.80}: must say which of {width} classes each of {deeper} exits "
+                "predicted: update the cloud"
+            )
 
 
 def _deeper(knobs: Knobs, depth: int) -> dict[str, bytes]:

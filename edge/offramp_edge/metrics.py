@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer
 from offramp_edge.breaker import ASIDE, CONNECTING, REFUSED, UP
+from offramp_edge.chooser import Chooser
 from offramp_edge.session import CloudSession
 
 _MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -19,7 +20,7 @@ _STATES = (CONNECTING, UP, ASIDE, REFUSED)
 class Metrics:
     """Counts an agent's answers from now on; `registry` is what /metrics shows."""
 
-    def __init__(self, agent: Agent, n_layers: int) -> None:
+    def __init__(self, agent: Agent, n_layers: int, chooser: Chooser | None = None) -> None:
         self.registry = CollectorRegistry()
         self._answers = self._counter("answers", "Answers by place", ("where",))
         self._fallbacks = self._counter(
@@ -34,6 +35,8 @@ class Metrics:
             "answer_ms", "Milliseconds from sample to answer", _MS, ("where",)
         )
         self._cloud_gauges(agent)
+        if chooser is not None:
+            self._bandit_gauges(chooser)
         agent.on_answer.append(self._answered)
 
     def _answered(self, answer: Answer) -> None:
@@ -66,6 +69,16 @@ class Metrics:
         self._gauge(
             "link_failures", "Exchanges without an answer", lambda: session.link.estimate().failures
         )
+
+    def _bandit_gauges(self, chooser: Chooser) -> None:
+        bandit = chooser.bandit
+        for name, text, count_E in (
+            ("observed", "Samples that passed an exit, as far as is known", bandit.observed_E),
+            ("disagreed", "Of them, with another class than the first exit's", bandit.disagreed_E),
+        ):
+            gauge = Gauge(f"offramp_edge_bandit_{name}", text, ("exit",), registry=self.registry)
+            for index, depth in enumerate(chooser.exits):
+                gauge.labels(depth).set_function(partial(count_E.item, index))
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"offramp_edge_{name}", text, labels, registry=self.registry)

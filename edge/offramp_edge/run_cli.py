@@ -42,9 +42,13 @@ def run(args: argparse.Namespace) -> int:
         finally:
             given.stop.set()
             seconds = time.monotonic() - began
+            about, chooser = tally.to_json(seconds), worker.chooser
             print(tally.words(seconds), file=sys.stderr)
+            if chooser is not None:
+                about["bandit"] = chooser.to_json()
+                print(chooser.words(), file=sys.stderr)
             if args.json:
-                write_json(tally.to_json(seconds), args.json)
+                write_json(about, args.json)
     return CHECK_FAILED if tally.failed else OK
 
 

@@ -34,7 +34,7 @@ class Service:
 
     def __init__(self, worker: EdgeWorker) -> None:
         self._worker, self._manifest = worker, worker.bundle.manifest
-        self._metrics = Metrics(worker.agent, worker.bundle.n_layers)
+        self._metrics = Metrics(worker.agent, worker.bundle.n_layers, worker.chooser)
         self._waiting = 0
 
     def app(self) -> web.Application:

@@ -29,6 +29,7 @@ from offramp_common.errors import (
 from offramp_common.frames import encode_frame
 from offramp_common.messages import completion_to_pb, offload_to_pb
 from offramp_common.retry import Backoff
+from offramp_common.runner import Knobs
 from offramp_common.transport import Completion, Hello, Offload, Transport
 from offramp_edge.breaker import CONNECTING, UP, Breaker
 from offramp_edge.handshake import Agreed, agree, check_completion
@@ -143,14 +144,19 @@ class CloudSession:
         return expired or estimate.uplink_mbps >= wanted
 
     async def finish(
-        self, acts: Activations[NumpyArray], timeout_s: float, traceparent: str = ""
+        self,
+        acts: Activations[NumpyArray],
+        timeout_s: float,
+        traceparent: str = "",
+        knobs: Knobs | None = None,
     ) -> Finished:
-        """Let the cloud run the rest of one row. Raises NotAnswered, in time."""
+        """Let the cloud run the rest of one row, at an operating point of its own if it has one.
+        Raises NotAnswered, in time."""
         until_s = self._clock.now() + timeout_s
         waited_ms = await self._wait_for_welcome(timeout_s)
         began_s = self._clock.now()
         welcomes = self.breaker.welcomes
-        work = self._work(acts, traceparent)
+        work = self._work(acts, traceparent, knobs)
         sent_s = self._clock.now()
         left_s = until_s - sent_s
         work = replace(work, deadline_ms=max(1000 * left_s, 1.0))
@@ -208,7 +214,9 @@ class CloudSession:
             raise NotAnswered(self.breaker.reason)
         return 1000 * (self._clock.now() - began_s)
 
-    def _work(self, acts: Activations[NumpyArray], traceparent: str) -> Offload:
+    def _work(
+        self, acts: Activations[NumpyArray], traceparent: str, knobs: Knobs | None
+    ) -> Offload:
         """Raises NotAnswered for a sample beyond what the cloud accepts."""
         assert self._agreed is not None, "sent before the handshake"
         limits = self._agreed.limits
@@ -223,7 +231,7 @@ class CloudSession:
             bundle=self._manifest.name,
             digest=self._digest,
             frame=frame,
-            knobs=self._agreed.knobs,
+            knobs=self._agreed.knobs if knobs is None else knobs,
             traceparent=traceparent,
         )
 

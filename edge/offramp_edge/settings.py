@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -39,6 +40,11 @@ class EdgeSettings:
     max_in_flight: int = 8  # offloads in the air at once
     threads: int = 1  # of the device's layers
     logits: bool = False  # answers carry their logits
+    # For methods that choose a sample's exit before it runs; knobs or exits = false choose it here.
+    bandit_alpha: float = 1.0  # exploration
+    bandit_cost: float = 1.0  # of running all layers: 0.1 is worth ten points of accuracy
+    bandit_upload: float = 0.0  # of exits beyond the split, on the same scale
+    bandit_file: str | None = None  # where the counters are kept; None: forgotten at the end
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -49,6 +55,9 @@ class EdgeSettings:
         for name in ("margin_ms", "min_uplink_mbps"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must not be negative")
+        for name in ("bandit_alpha", "bandit_cost", "bandit_upload"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be finite, not negative")
         if self.deadline_ms is not None and not self.deadline_ms > 0:
             raise ConfigError(f"deadline_ms = {self.deadline_ms}: must be above 0")
         if self.backoff_ms > self.backoff_max_ms:

@@ -33,6 +33,7 @@ from offramp_common.text import Text, TextEncoder
 from offramp_common.transport import Transport
 from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer, Failed, Sample
+from offramp_edge.chooser import chooser_for
 from offramp_edge.connect import Connect, connector
 from offramp_edge.device import Device
 from offramp_edge.session import CloudSession
@@ -81,6 +82,9 @@ class EdgeWorker:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
         self.settings = (settings or EdgeSettings()).changed(overrides)
         plan = plan_for(self.bundle, self.settings)
+        alone = cloud is None and transport is None
+        split = self.bundle.n_layers if alone else plan.split
+        self.chooser = chooser_for(self.bundle, self.settings, split)
         connect = (
             connector(cloud, ca, cert, key, insecure) if transport is None else lambda: transport
         )
@@ -165,6 +169,8 @@ class EdgeWorker:
         self._closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._stop()
+        if self.chooser is not None:
+            self.chooser.save()
 
     def __enter__(self) -> Self:
         return self
@@ -197,7 +203,11 @@ class EdgeWorker:
         if transport is not None:
             rng = random.Random()
             session = CloudSession(transport, self.bundle, plan, settings, clock, rng)
-        agent = Agent(self.bundle, device, session, plan.split, settings, clock)
+        chooser = self.chooser
+        choose = None if chooser is None else chooser.knobs
+        agent = Agent(self.bundle, device, session, plan.split, settings, clock, choose)
+        if chooser is not None:
+            agent.on_answer.append(chooser.answered)
         try:
             await agent.start()
         except BaseException:

@@ -56,6 +56,13 @@ class Decision:
     state: dict[str, Tensor]
 
 
+def nobody_leaves(answer_width: int, state: dict[str, Tensor]) -> Decision:
+    """At a depth without an exit: only the state, (B, ...) of any name, counts there."""
+    one = next(iter(state.values()))
+    zero_BC = torch.zeros((one.shape[0], answer_width), device=one.device)
+    return Decision(zero_BC[:, 0] > 0, zero_BC, zero_BC[:, 0], state)
+
+
 class Policy(Protocol):
     """When a row leaves. A frozen dataclass of structural settings."""
 
@@ -111,8 +118,12 @@ class PooledClassifier(Branch):
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(spec.width, spec.task.answer_width)
 
+    def pooled(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """(B, D): what the classifier reads, before dropout."""
+        return torch.tanh(self.pooler(pool(hidden_BTD, mask_BT, self.pooling)))
+
     def forward(self, hidden_BTD: Tensor, mask_BT: Tensor, state: State) -> dict[str, Tensor]:
-        pooled_BD = torch.tanh(self.pooler(pool(hidden_BTD, mask_BT, self.pooling)))
+        pooled_BD = self.pooled(hidden_BTD, mask_BT)
         return {"logits": self.classifier(self.dropout(pooled_BD))}
 
 

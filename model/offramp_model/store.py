@@ -73,6 +73,7 @@ def save_model(path: Path, model: MultiExitModel, tokenizer_json: str, about: Ab
         aliases=aliases,
         curve=about.curve,
         training=about.training,
+        online=model.method.online,
     )
     write_manifest(path, manifest)
     return Bundle.read(path)

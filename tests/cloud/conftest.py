@@ -28,6 +28,13 @@ def patient_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def online_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """UEE-UCB, whose exit the device chooses before a sample runs."""
+    path = tmp_path_factory.mktemp("uee_ucb") / "online"
+    return toy_bundle(path, "uee_ucb", name="online", n_layers=4)
+
+
+@pytest.fixture(scope="session")
 def world(bundle: Bundle) -> World:
     return World(bundle)
 

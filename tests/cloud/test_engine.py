@@ -114,6 +114,49 @@ async def test_a_large_frame_is_decoded_like_a_small_one(world: World, engine: E
     assert_same(await engine.complete(work), world.local(acts), exactly=False)
 
 
+@pytest.mark.parametrize("depth", range(4))
+async def test_where_the_device_chooses_exits_it_is_told_what_each_predicted(
+    depth: int, online_bundle: Bundle, engines: list[Engine]
+) -> None:
+    world = World(online_bundle)
+    engines.append(world.engine(load=Load(max_batch=2)))  # in pieces
+    acts = world.rows([3, 12, 5], depth)
+    at = {stop: {"stop": (float(stop),) * 4} for stop in (1, 2, 3, 4)}
+    exits = range(depth + 1, 5)
+    told = {stop: world.local(acts, at[stop]).answers.argmax(axis=1).tolist() for stop in exits}
+    for stop in exits:
+        got = await engines[-1].complete(world.offload_of(acts, knobs=at[stop]))
+        assert_same(got, world.local(acts, at[stop]), exactly=False)
+        assert got.exit_classes_BE is not None
+        passed = [[told[e][row] if e <= stop else -1 for e in exits] for row in range(3)]
+        assert got.exit_classes_BE.tolist() == passed
+
+
+async def test_each_of_several_requests_gets_the_exit_classes_of_its_own_rows(
+    online_bundle: Bundle, engines: list[Engine]
+) -> None:
+    world = World(online_bundle)
+    watched = WatchedLayers(world.layers)
+    engines.append(world.engine(watched))
+    parts = [world.rows((10,) * (i + 1), 1, seed=i) for i in range(3)]
+    work = [world.offload_of(acts, request_id=f"r{i}") for i, acts in enumerate(parts)]
+    got = await behind(engines[-1], watched, world.offload(depth=1), *work)
+    assert engines[-1].counters.batches == {1: 1, 6: 1}
+    for acts, request, completion in zip(parts, work, got[1:], strict=True):
+        alone = await engines[-1].complete(request)
+        assert isinstance(completion, Completion), completion
+        assert completion.exit_classes_BE is not None
+        assert alone.exit_classes_BE is not None
+        assert completion.exit_classes_BE.shape == (acts.batch_size, 3)
+        assert completion.exit_classes_BE.tolist() == alone.exit_classes_BE.tolist()
+
+
+async def test_other_methods_devices_are_told_nothing_of_the_exits(
+    world: World, engine: Engine
+) -> None:
+    assert (await engine.complete(world.offload(depth=1))).exit_classes_BE is None
+
+
 async def test_knobs_of_a_request_count_and_keep_it_apart(
     world: World, engine: Engine, watched: WatchedLayers
 ) -> None:

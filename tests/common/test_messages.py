@@ -76,11 +76,18 @@ def test_offload_comes_back_as_it_was(work: Offload) -> None:
 
 
 @SETTINGS
-@given(IDS, st.integers(1, 6), st.integers(1, 4), st.integers(0), MS, MS)
+@given(IDS, st.integers(1, 6), st.integers(1, 4), st.integers(0, 3), st.integers(0), MS, MS)
 def test_completion_comes_back_bit_for_bit(
-    request_id: str, rows: int, width: int, seed: int, queue_ms: float, compute_ms: float
+    request_id: str,
+    rows: int,
+    width: int,
+    exits: int,
+    seed: int,
+    queue_ms: float,
+    compute_ms: float,
 ) -> None:
     rng = np.random.default_rng(seed)
+    classes_BE = rng.integers(-1, 2**15, (rows, exits)).astype(np.int32) if exits else None
     done = Completion(
         request_id,
         rng.standard_normal((rows, width)).astype(np.float32),
@@ -88,6 +95,7 @@ def test_completion_comes_back_bit_for_bit(
         rng.random(rows).astype(np.float32),
         queue_ms,
         compute_ms,
+        classes_BE,
     )
     back = messages.completion_from_pb(over_the_wire(messages.completion_to_pb(done)))
     assert (back.request_id, back.queue_ms, back.compute_ms) == (request_id, queue_ms, compute_ms)
@@ -97,12 +105,32 @@ def test_completion_comes_back_bit_for_bit(
         assert got.shape == wanted.shape
         assert got.tobytes() == wanted.tobytes()
         got.fill(0)
+    if classes_BE is None:
+        assert back.exit_classes_BE is None
+    else:
+        assert back.exit_classes_BE is not None
+        assert back.exit_classes_BE.dtype == np.int32
+        assert back.exit_classes_BE.tolist() == classes_BE.tolist()
 
 
 def completion(rows: int = 2) -> Completion:
     return Completion(
         "r1", np.ones((rows, 3), np.float32), np.full(rows, 4), np.ones(rows, np.float32)
     )
+
+
+def test_a_reply_without_exit_classes_has_the_bytes_it_always_had() -> None:
+    """Golden: devices in the field read these. Field by field: id, answers, depths, confidences, times."""
+    done = Completion(
+        "r1", np.array([[1, -2]], np.float32), np.array([4]), np.ones(1, np.float32), 0.5, 2.0
+    )
+    wire = messages.completion_to_pb(done).SerializeToString().hex()
+    assert wire == (
+        "0a027231" "12080000803f000000c0" "1a0104" "22040000803f" "2d0000003f" "3500000040"
+    )  # fmt: skip
+    chosen = replace(done, exit_classes_BE=np.array([[3, -1]], np.int32))
+    # Field 7, packed, two bytes: zigzag puts 3 at 6 and -1 at 1.
+    assert messages.completion_to_pb(chosen).SerializeToString().hex() == wire + "3a020601"
 
 
 def test_nan_answers_and_confidences_cross() -> None:
@@ -186,13 +214,16 @@ def test_an_infinite_knob_passes_since_never_leave_may_be_one() -> None:
         ({"confidences": [0.5]}, "2 exit depths, 1 confidences"),
         ({"queue_ms": math.nan}, "queue_ms nan"),
         ({"compute_ms": -1.0}, "compute_ms -1.0: must be finite and not negative"),
+        ({"exit_classes": [1, 2, 3]}, "3 exit classes for 2 rows"),
+        ({"exit_classes": [0, -2]}, "2 exit classes for 2 rows, the lowest -2: .* none below -1"),
+        ({"exit_classes": [0] * 2050}, "2050 exit classes .* at most 1024"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_a_malformed_completion_is_refused(change: dict[str, Any], match: str) -> None:
     message = messages.completion_to_pb(completion())
     for name, value in change.items():
-        if name in ("exit_depths", "confidences"):
+        if name in ("exit_depths", "confidences", "exit_classes"):
             message.ClearField(name)
             getattr(message, name).extend(value)
         else:

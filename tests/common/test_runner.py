@@ -26,7 +26,7 @@ from toy import (
 
 from offramp_common.activations import Activations, join
 from offramp_common.frames import Limits, decode_frame, encode_frame
-from offramp_common.runner import Knobs, Step, run
+from offramp_common.runner import Knobs, Look, Step, run
 from offramp_common.spec import KnobSpec, never_exit
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -317,6 +317,22 @@ def test_the_knobs_of_each_depth_are_used_at_that_depth() -> None:
         values[depth - 1] = 0.0
         found = whole(layers, a_batch(), {"threshold": tuple(values)})
         assert {outcome.depth for outcome in found.values()} == {depth}
+
+
+def test_an_observer_is_told_of_every_look_with_the_rows_that_are_still_there() -> None:
+    layers, acts = ToyLayers(), a_batch(200)
+    seen: list[tuple[int, list[int]]] = []
+
+    def observe(depth: int, rows: np.ndarray, look: Look[np.ndarray]) -> None:
+        assert len(look.answer) == rows.size
+        seen.append((depth, rows.tolist()))
+
+    result = run(layers, acts, 6, layers.knobs(), observe)
+    assert [depth for depth, _ in seen] == [2, 3, 5, 6]
+    depth_of = {int(row): left.depth for left in result.left for row in left.rows}
+    for depth, rows in seen:
+        assert rows == [row for row in range(200) if depth_of[row] >= depth]
+    assert outcomes(result.left, np.arange(200)) == whole(layers, acts, layers.knobs())
 
 
 def test_every_pair_of_cuts_changes_no_bit() -> None:

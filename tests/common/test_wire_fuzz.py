@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,7 @@ HELLO = Hello("bundle", {0: b"x" * 16, 6: b"y" * 16}, ("int8", "fp16"), software
 WELCOME = Welcome(("int8",), Limits(), {"threshold": (0.1, 0.5), "patience": (3.0, 3.0)})
 WORK = Offload("r1", "bundle", b"x" * 16, b"frame", {"threshold": (0.5,)}, 40.0, "00-abc-def-01")
 DONE = Completion("r1", np.ones((2, 3), np.float32), np.array([4, 6]), np.ones(2, np.float32), 1, 2)
+CHOSEN = replace(DONE, exit_classes_BE=np.array([[2, -1, -1], [0, 1, 2]], np.int32))
 
 
 def check_hello(hello: Hello) -> None:
@@ -106,6 +108,12 @@ def check_completion(done: Completion) -> None:
     assert len(done.answers) == rows
     assert done.answers.size
     assert 0 <= done.queue_ms < float("inf")
+    if done.exit_classes_BE is not None:
+        assert done.exit_classes_BE.dtype == np.int32
+        assert done.exit_classes_BE.ndim == 2
+        assert len(done.exit_classes_BE) == rows
+        assert 0 < done.exit_classes_BE.shape[1] <= 1024
+        assert done.exit_classes_BE.min() >= -1
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -142,8 +150,14 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             messages.completion_to_pb(DONE),
             check_completion,
         ),
+        (
+            pb.OffloadReply,
+            messages.completion_from_pb,
+            messages.completion_to_pb(CHOSEN),
+            check_completion,
+        ),
     ],
-    ids=["hello", "welcome", "offload", "completion"],
+    ids=["hello", "welcome", "offload", "completion", "completion with exit classes"],
 )
 def test_mutated_protobuf_messages_are_read_within_limits_or_refused(
     kind: Any, read: Any, valid: Any, check: Any

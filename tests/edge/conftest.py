@@ -28,6 +28,14 @@ def graphs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def online_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with exits that are chosen before a sample runs (UEE-UCB), and graphs."""
+    made = toy_bundle(tmp_path_factory.mktemp("online") / "toy", "uee_ucb", n_layers=4, split=2)
+    add_graphs(made, precisions=["fp32"])
+    return Bundle.read(made.path)
+
+
+@pytest.fixture(scope="session")
 def layers(bundle: Bundle) -> TorchAsNumpy:
     return TorchAsNumpy(toy_layers(bundle))
 

@@ -633,3 +633,43 @@ def test_whatever_fails_and_when_no_sample_is_lost(
         deadline_ms=deadline_ms,
         max_in_flight=in_flight,
     )
+
+
+# Exits that are chosen before a sample runs
+
+
+def test_each_samples_own_knobs_are_used_here_and_sent_along() -> None:
+    chosen = iter([LAYERS.knobs(value) for value in (NEVER, 0.0, 0.25)])
+    text = EASY
+
+    async def scenario(world: World) -> None:
+        for knob, depth in ((NEVER, N), (0.0, FIRST_EXIT), (0.25, FIRST_EXIT)):
+            before = len(world.cloud.works)
+            answer = await world.answer(text)
+            assert answer.exit_depth == depth, knob
+            sent = [dict(work.knobs) for _, work in world.cloud.works[before:]]
+            assert sent == ([LAYERS.knobs(NEVER)] if depth == N else [])
+
+    in_world(scenario, choose=lambda: next(chosen))
+
+
+def test_a_deadline_leaves_the_classes_of_the_exits_that_were_passed() -> None:
+    async def scenario(world: World) -> None:
+        # Four layers fit in 45 ms less the margin of 5: exits 2 and 3 of 2, 3, 5 and 6.
+        answer = await world.answer(HARD, deadline_ms=45)
+        assert (answer.where, answer.reason, answer.exit_depth) == ("fallback", "deadline", 3)
+        classes = [int(label_of(HARD, depth).split()[1]) for depth in (2, 3)]
+        assert list(answer.exit_classes) == classes
+
+    in_world(scenario, split=N, choose=lambda: LAYERS.knobs(NEVER))
+
+
+def test_a_sample_that_runs_on_after_the_cloud_failed_keeps_its_choice() -> None:
+    async def scenario(world: World) -> None:
+        world.cloud.mode = "gone"
+        answer = await world.answer(EASY)
+        assert (answer.where, answer.exit_depth) == ("fallback", N), "its own knobs let none leave"
+        classes = [int(label_of(EASY, depth).split()[1]) for depth in LAYERS.exits]
+        assert list(answer.exit_classes) == classes
+
+    in_world(scenario, choose=lambda: LAYERS.knobs(NEVER))

@@ -100,6 +100,25 @@ def test_json_lines_keep_ids_and_are_scored(graphs_bundle: Bundle, tmp_path: Pat
     assert (about["n"], about["labelled"], about["accuracy"]) == (40, 40, 0.5)
 
 
+def test_a_run_from_the_command_line_reports_and_keeps_what_it_learnt(
+    online_bundle: Bundle, tmp_path: Path
+) -> None:
+    config, summary, kept = (tmp_path / n for n in ("edge.toml", "sum.json", "counters.json"))
+    config.write_text(f'bandit_alpha = 0.5\nbandit_cost = 2.0\nbandit_file = "{kept}"\n')
+    options = ["--config", str(config), "--json", str(summary)]
+    for round in (1, 2):
+        done = run(online_bundle, *options, given="\n".join(TEXTS))
+        assert done.returncode == 0, done.stderr
+        about = json.loads(summary.read_text())["bandit"]
+        assert [row["depth"] for row in about] == [1, 2, 3, 4]
+        assert [row["cost"] for row in about] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+        assert about[0]["observed"] == sum(row["played"] for row in about) == round * len(TEXTS)
+        assert [row["observed"] for row in about] == json.loads(kept.read_text())["observed"]
+    answers = records(done.stdout)
+    assert all(len(answer["exit_classes"]) == answer["exit_depth"] for answer in answers)
+    assert f"exit chosen 1: {about[0]['played']} (differs 0.0%)" in done.stderr
+
+
 def test_bad_lines_are_named_and_the_exit_code_tells(graphs_bundle: Bundle) -> None:
     given = '{"text": "w1"}\nnot json\n{"text": ["w1", "w2"]}\n{"id": "last", "text": "w2"}\n'
     done = run(graphs_bundle, given=given)

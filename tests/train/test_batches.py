@@ -136,10 +136,12 @@ def test_the_least_shift_that_does_it_is_found() -> None:
     assert least_shift(logits, target, FAR, 1.0) == -1.125
 
 
-def test_a_shift_moves_one_logit_at_every_exit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["pabee", "elbert"])
+def test_a_shift_moves_one_logit_at_every_exit_by_the_same(method: str, tmp_path: Path) -> None:
+    """Whether exits have classifiers of their own (pabee) or share one (elbert)."""
     backbone = backbone_from_pretrained(str(make_checkpoint(tmp_path / "checkpoint", layers=2)))
-    spec = HeadSpec(TASK, 32, 2, (1, 2), METHODS["pabee"].settings)
-    model = MultiExitModel(backbone, METHODS["pabee"], spec)
+    spec = HeadSpec(TASK, 32, 2, (1, 2), METHODS[method].settings)
+    model = MultiExitModel(backbone, METHODS[method], spec)
     with torch.no_grad():
         model.exits["2"].get_parameter("classifier.bias")[FAR] += 3.0
     examples = [_example(5 + i, 4, LEFT + i % 2) for i in range(8)]

@@ -167,9 +167,12 @@ def test_train_refuses_what_makes_no_sense(words: list[str], says: str, folder: 
     assert "Traceback" not in done.stderr
 
 
-def test_epsilon_is_refused_because_no_method_offers_a_guarantee(folder: Path) -> None:
-    done = _offramp("calibrate", folder, "--data", folder, "--epsilon", 0.1, code=2)
-    assert "no method of this version offers a guarantee" in done.stderr
+def test_epsilon_is_refused_where_the_method_offers_no_guarantee(
+    folder: Path, topics: Path
+) -> None:
+    data = folder / "topics" / "dev.tsv"
+    done = _offramp("calibrate", topics, "--data", data, "--epsilon", 0.1, code=2)
+    assert "--epsilon: deebert offers no guarantee; methods that do: cats" in done.stderr
 
 
 @pytest.mark.slow

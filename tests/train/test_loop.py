@@ -8,23 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import FAMILY_CONFIGS, make_checkpoint, tokenizer_text, write_topics
+from tiny_checkpoint import FAMILY_CONFIGS, make_checkpoint, write_topics
 from torch import Tensor
+from trainers import (
+    StopAfter,
+    assert_stops_leave_no_trace,
+    make_trainer,
+    small_config,
+    weights_of,
+)
 
 from offramp_common.errors import ConfigError
-from offramp_model.backbones import backbone_from_pretrained
-from offramp_model.exits import HeadSpec
-from offramp_model.methods import METHODS
-from offramp_model.split_model import MultiExitModel
-from offramp_train.batches import Epochs, encode
-from offramp_train.build import resolve_config
-from offramp_train.checkpoint import Checkpoints, Stopped, StopSignal
-from offramp_train.config import TrainConfig
+from offramp_train.checkpoint import Stopped
 from offramp_train.data import Splits, read_splits
-from offramp_train.loop import Trainer, schedule
+from offramp_train.loop import schedule
 from offramp_train.progress import Report
-from offramp_train.recipe_check import start_heads
-from offramp_train.recipes import recipe_named
 
 
 @pytest.fixture(scope="module")
@@ -42,55 +40,9 @@ def small_matrices_are_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offramp_model.store._SMALLEST_MATRIX", 64)
 
 
-class StopAfter(StopSignal):
-    """Asks to stop at the n-th look, as a signal would at an arbitrary update."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.left = looks
-
-    @property
-    def wanted(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
-
-def _trainer(
-    config: TrainConfig,
-    splits: Splits,
-    checkpoint: Path,
-    work: Path,
-    stop: StopSignal | None = None,
-    report: Report | None = None,
-) -> Trainer:
-    backbone = backbone_from_pretrained(str(checkpoint))
-    exits = tuple(range(1, backbone.n_layers + 1))
-    spec = HeadSpec(splits.task, backbone.width, backbone.n_layers, exits, config.settings)
-    torch.manual_seed(config.seed)
-    model = MultiExitModel(backbone, METHODS[config.method], spec)
-    start_heads(model, "auto")
-    examples = encode(splits.train, splits.task, tokenizer_text(), 16)
-    dev = encode(splits.dev, splits.task, tokenizer_text(), 16)
-    epochs = Epochs(tuple(examples), splits.task, config.augment, unknown=1)
-    checkpoints = Checkpoints(work, config.to_json())
-    recipe = recipe_named(config.recipe)
-    return Trainer(
-        model, recipe, config, epochs, dev, checkpoints, report or Report(), stop or StopSignal()
-    )
-
-
-def _config(**table: Any) -> TrainConfig:
-    training = {"lr": 3e-3, "batch": 16, "epochs": 2, **table.pop("training", {})}
-    return resolve_config({**table, "training": training}, where="test")
-
-
-def _weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-
 def test_every_exit_learns(splits: Splits, checkpoint: Path, tmp_path: Path) -> None:
-    config = _config(recipe="self-distilled-joint", training={"epochs": 10, "head_lr": 1e-2})
-    history = _trainer(config, splits, checkpoint, tmp_path).fit()
+    config = small_config(recipe="self-distilled-joint", training={"epochs": 10, "head_lr": 1e-2})
+    history = make_trainer(config, splits, checkpoint, tmp_path).fit()
     first, last = history[0], history[-1]
     assert last["loss"] < 0.5 * first["loss"]
     # Three topics, one word decides: chance is 33 %.
@@ -118,18 +70,7 @@ JOINT: dict[str, Any] = {
 def test_a_stopped_run_continues_to_the_same_bits(
     table: dict[str, Any], stops: tuple[int, ...], splits: Splits, checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = _config(**table)
-    whole = _trainer(config, splits, checkpoint, tmp_path / "whole")
-    history = whole.fit()
-    for looks in stops:
-        with pytest.raises(Stopped):
-            _trainer(config, splits, checkpoint, tmp_path / "parts", StopAfter(looks)).fit()
-        # The stop came from outside: whatever else draws random numbers must not matter.
-        torch.rand(looks)
-    parts = _trainer(config, splits, checkpoint, tmp_path / "parts")
-    assert parts.fit() == history
-    expected, got = _weights(whole), _weights(parts)
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert_stops_leave_no_trace(small_config(**table), stops, splits, checkpoint, tmp_path)
 
 
 class DiesIn(Report):
@@ -147,16 +88,16 @@ class DiesIn(Report):
 def test_a_killed_run_continues_from_its_last_checkpoint(
     splits: Splits, checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = _config(**{**JOINT, "training": {**JOINT["training"], "keep": "best"}})
-    whole = _trainer(config, splits, checkpoint, tmp_path / "whole")
+    config = small_config(**{**JOINT, "training": {**JOINT["training"], "keep": "best"}})
+    whole = make_trainer(config, splits, checkpoint, tmp_path / "whole")
     whole.fit()
     with pytest.raises(RuntimeError, match="killed"):
-        _trainer(
+        make_trainer(
             config, splits, checkpoint, tmp_path / "parts", report=DiesIn("epoch 2 of 2: loss")
         ).fit()
-    parts = _trainer(config, splits, checkpoint, tmp_path / "parts")
+    parts = make_trainer(config, splits, checkpoint, tmp_path / "parts")
     parts.fit()
-    expected, got = _weights(whole), _weights(parts)
+    expected, got = weights_of(whole), weights_of(parts)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
@@ -164,29 +105,29 @@ def test_a_work_directory_of_other_settings_is_refused(
     splits: Splits, checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
-        _trainer(_config(), splits, checkpoint, tmp_path, StopAfter(1)).fit()
+        make_trainer(small_config(), splits, checkpoint, tmp_path, StopAfter(1)).fit()
     with pytest.raises(ConfigError, match="differs: seed, training"):
-        _trainer(_config(seed=7, training={"lr": 1e-4}), splits, checkpoint, tmp_path)
+        make_trainer(small_config(seed=7, training={"lr": 1e-4}), splits, checkpoint, tmp_path)
 
 
 def test_deeberts_second_stage_leaves_backbone_and_final_head_as_they_were(
     splits: Splits, checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = _config(method="deebert", training={"quantise_epochs": 1})
-    trainer = _trainer(config, splits, checkpoint, tmp_path)
+    config = small_config(method="deebert", training={"quantise_epochs": 1})
+    trainer = make_trainer(config, splits, checkpoint, tmp_path)
     after_first: dict[str, Tensor] = {}
     run_stage = trainer._stage
 
     def watched(*arguments: Any) -> None:
         run_stage(*arguments)
         if not after_first:
-            after_first.update(_weights(trainer))
+            after_first.update(weights_of(trainer))
 
     trainer._stage = watched  # type: ignore[method-assign, assignment]
     trainer.fit()
     changed = {
         name
-        for name, tensor in _weights(trainer).items()
+        for name, tensor in weights_of(trainer).items()
         if not torch.equal(tensor, after_first[name])
     }
     assert changed
@@ -201,18 +142,18 @@ def test_the_best_epoch_is_kept_rather_than_the_last(
         "offramp_train.loop.exit_quality",
         lambda model, dev: dict.fromkeys((1, 2, 3), next(qualities)),
     )
-    config = _config(method="pabee", training={"epochs": 3, "keep": "best"})
-    trainer = _trainer(config, splits, checkpoint, tmp_path)
+    config = small_config(method="pabee", training={"epochs": 3, "keep": "best"})
+    trainer = make_trainer(config, splits, checkpoint, tmp_path)
     seen: list[dict[str, Tensor]] = []
     finish = trainer._finish_epoch
 
     def watched(*arguments: Any) -> None:
-        seen.append(_weights(trainer))
+        seen.append(weights_of(trainer))
         finish(*arguments)
 
     trainer._finish_epoch = watched  # type: ignore[method-assign, assignment]
     trainer.fit()
-    kept = _weights(trainer)
+    kept = weights_of(trainer)
     same = [all(torch.equal(w[n], kept[n]) for n in w) for w in seen]
     assert same == [False, True, False]
 
@@ -221,12 +162,14 @@ def test_the_best_epoch_is_kept_rather_than_the_last(
 def test_each_family_learns_a_step(family: str, splits: Splits, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / family, family, layers=2)
     small = replace(splits, train=splits.train.take(list(range(16))))
-    config = _config(recipe="self-distilled-joint", training={"epochs": 1, "quantise_epochs": 1})
-    trainer = _trainer(config, small, path, tmp_path / "work")
-    before = _weights(trainer)
+    config = small_config(
+        recipe="self-distilled-joint", training={"epochs": 1, "quantise_epochs": 1}
+    )
+    trainer = make_trainer(config, small, path, tmp_path / "work")
+    before = weights_of(trainer)
     (record,) = trainer.fit()
     assert record["loss"] == record["loss"]  # a number
-    changed = [name for name, w in _weights(trainer).items() if not torch.equal(w, before[name])]
+    changed = [name for name, w in weights_of(trainer).items() if not torch.equal(w, before[name])]
     assert any(name.startswith("backbone.layers") for name in changed)
     assert any(name.startswith("exits.1") for name in changed)
 

@@ -15,30 +15,27 @@ from typing import Any
 import torch
 
 from offramp_common import __version__
-from offramp_common.bundle import CARD, Bundle, write_manifest
+from offramp_common.bundle import Bundle
 from offramp_common.errors import ConfigError
-from offramp_common.runner import Knobs
 from offramp_model.backbones import Backbone, backbone_from_pretrained
 from offramp_model.exits import HeadSpec
 from offramp_model.methods import METHODS
 from offramp_model.split_model import MultiExitModel
 from offramp_model.store import About, save_model
 from offramp_train.batches import Epochs, Example, encode, tokenizer_json, unknown_token
-from offramp_train.calibrate import Goal, Point, calibrate
-from offramp_train.card import card_text
 from offramp_train.checkpoint import Checkpoints, StopSignal
 from offramp_train.config import TrainConfig, config_from, merge
+from offramp_train.conformal import settled
 from offramp_train.data import Splits, read_splits
+from offramp_train.finish import finish
 from offramp_train.fits import FITS
 from offramp_train.fits.fit import Fit, Fitting
 from offramp_train.loop import Trainer
-from offramp_train.measure import PRECISIONS, has_graphs, subject
-from offramp_train.metrics import metric_of
 from offramp_train.progress import Report
-from offramp_train.quality import CURVE, curve_points, plot
 from offramp_train.quantise import StoredWeights
 from offramp_train.recipe_check import check_model, check_recipe, loss_settings, start_heads
 from offramp_train.recipes import recipe_named
+from offramp_train.recipes.recipe import Recipe
 from offramp_train.shift import shift_label
 
 _PACKAGE = "pkg:"
@@ -52,6 +49,7 @@ class Request:
     command   as given, for the model card
     keep_work   leave the finished training's checkpoint, so that the same command can make the bundle
                 again, with another calibration or card, without training
+    finish      export graphs, calibrate, measure and write the card; without, it is weights on torch
     """
 
     config: TrainConfig
@@ -63,6 +61,7 @@ class Request:
     restart: bool = False
     max_minutes: float | None = None
     keep_work: bool = False
+    finish: bool = True
 
     @property
     def work_dir(self) -> Path:
@@ -82,12 +81,23 @@ def resolve_config(*tables: Mapping[str, Any], where: str) -> TrainConfig:
             known = ", ".join(settings) or "none"
             raise ConfigError(f"{where}: {method} has no setting {key!r}; it has: {known}")
     own = {"method": method, "recipe": recipe.name, "settings": settings}
-    config = config_from(merge(recipe.defaults, own, wanted, {"recipe": recipe.name}), where)
-    return replace(config, loss=loss_settings(recipe, config.loss, where))
+    defaults = _defaults(recipe, wanted.get("training", {}))
+    config = config_from(merge(defaults, own, wanted, {"recipe": recipe.name}), where)
+    calibration = settled(config, wanted.get("calibration", {}), where)
+    return replace(config, loss=loss_settings(recipe, config.loss, where), calibration=calibration)
+
+
+def _defaults(recipe: Recipe, training: Any) -> dict[str, Any]:
+    """The recipe's; its epochs or rates of each stage give way where the user has one number for all."""
+    own = dict(recipe.defaults.get("training", {}))
+    for name in ("epochs", "lr"):
+        if isinstance(training, Mapping) and name in training:
+            own.pop(f"stage_{name}", None)
+    return {**recipe.defaults, "training": own}
 
 
 def train_bundle(request: Request, report: Report) -> Bundle:
-    """Train, save, calibrate, measure, and write the card. Raises ConfigError, DataError or Stopped."""
+    """Train, save and finish. Raises ConfigError, DataError or Stopped."""
     config, work = request.config, request.work_dir
     if request.out.exists() and not request.overwrite:
         raise ConfigError(f"{request.out}: exists; give --overwrite, or another --out")
@@ -113,9 +123,8 @@ def train_bundle(request: Request, report: Report) -> Bundle:
     made = work / "bundle"
     shutil.rmtree(made, ignore_errors=True)
     bundle = save_model(made, model, tokenizer, about)
-    bundle = _with_graphs(bundle, report)
-    bundle = _measured(bundle, config, splits, report)
-    (made / CARD).write_text(card_text(bundle.manifest))
+    if request.finish:
+        finish(bundle, config, splits, report)
     if request.out.exists():
         shutil.rmtree(request.out)
     shutil.move(made, request.out)
@@ -185,7 +194,7 @@ def _fit(
     config = request.config
     train = encode(splits.train, splits.task, tokenizer, max_tokens)
     dev = encode(splits.dev, splits.task, tokenizer, max_tokens)
-    fits = FITS.get(config.method, ())
+    fits = tuple(f for f in FITS.get(config.method, ()) if splits.task.kind in f.tasks)
     train, apart = set_apart(train, fits, config.seed)
     unknown = unknown_token(tokenizer) if config.augment.word_dropout else 0
     epochs = Epochs(tuple(train), splits.task, config.augment, unknown)
@@ -256,56 +265,3 @@ def _provenance(
         "seconds": round(seconds),
         "history": history,
     }
-
-
-def _with_graphs(bundle: Bundle, report: Report) -> Bundle:
-    from offramp_model.export import add_graphs
-
-    report.say("exporting the device's graphs")
-    add_graphs(bundle)
-    return Bundle.read(bundle.path)
-
-
-def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Report) -> Bundle:
-    """Calibrated on dev, measured on test (on dev where there is none)."""
-    name, _ = metric_of(bundle.manifest.task)
-    chosen = config.calibration
-    goal = Goal(max_drop=chosen.max_drop, margin=chosen.margin, per_exit=chosen.per_exit)
-    weights = dict(config.calibration.label_weights)
-    points: dict[str, Knobs] = {}
-    curve: list[Mapping[str, Any]] = []
-    split = "test" if splits.test is not None else "dev"
-    for precision in [p for p in PRECISIONS if has_graphs(bundle, p)] or ["torch"]:
-        dev = subject(bundle, precision, splits.dev)
-        dev_recording = dev.record(report, f"dev, {precision}")
-        found = calibrate(dev.scorer(dev_recording, weights), goal)
-        report.say(f"{precision}: {describe(found, name)} (dev)")
-        points["fp32" if precision == "torch" else precision] = found.knobs
-        if splits.test is None:
-            measured, recording = dev, dev_recording
-        else:
-            measured = subject(bundle, precision, splits.test)
-            recording = measured.record(report, f"test, {precision}")
-        mine = curve_points(measured, recording, found.knobs, split)
-        curve += mine
-        at = mine[0]
-        report.say(
-            f"{precision}: mean depth {at['mean_depth']:.3f} of {bundle.n_layers}, {name} "
-            f"{100 * at[name]:.2f}, at full depth {100 * at['full_depth']:.2f} ({split})"
-        )
-    precision = config.precision if config.precision in points else "fp32"
-    manifest = replace(
-        bundle.manifest, operating_points=points, precision=precision, curve=tuple(curve)
-    )
-    title = f"{manifest.name}: {name} against depth ({split})"
-    (bundle.path / CURVE).write_text(plot(title, name, bundle.n_layers, curve))
-    write_manifest(bundle.path, manifest)
-    return Bundle.read(bundle.path)
-
-
-def describe(point: Point, metric: str) -> str:
-    """One line: what the operating point costs and saves."""
-    return (
-        f"mean depth {point.score.mean_depth:.3f}, {metric} {100 * point.score.quality:.2f}, "
-        f"{point.drop:.2f} points below full depth"
-    )

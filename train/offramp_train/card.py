@@ -9,6 +9,7 @@ from typing import Any
 from offramp_common.bundle import Manifest
 from offramp_model.methods import METHODS
 from offramp_train.config import Card
+from offramp_train.conformal import sentences_of
 from offramp_train.metrics import metric_of
 from offramp_train.recipes import RECIPES
 
@@ -106,11 +107,20 @@ def _numbers(m: Manifest) -> str:
             p for p in m.curve if p["kind"] == "exit" and p["precision"] == precision
         ]
         out.append(f"| {precision} | {' | '.join(f'{100 * p[name]:.2f}' for p in exits)} |")
+    promised = sentences_of(m.training, _what_agrees(m))
+    if promised:
+        out.append("\nGuaranteed:\n\n" + promised)
     out.append("\n![quality against mean depth](curve.svg)")
     out.append(
         "\nMeasured by the command below; `offramp evaluate BUNDLE --data FILE` measures again."
     )
     return "\n".join(out)
+
+
+def _what_agrees(m: Manifest) -> str:
+    if m.task.labels:
+        return "the same class"
+    return f"at most {m.settings.get('tolerance', 0):g} apart"
 
 
 def _made(m: Manifest, command: str) -> str:

@@ -162,7 +162,10 @@ def add_calibrate_command(subparsers: Any) -> None:
         "--mean-depth", type=float, metavar="D", help="layers that a row may run on average"
     )
     goal.add_argument(
-        "--epsilon", type=float, metavar="E", help="guaranteed risk, for methods that offer it"
+        "--epsilon",
+        type=float,
+        metavar="E",
+        help="risk that an answer is not the full model's, guaranteed, for methods that offer it",
     )
     parser.add_argument(
         "--margin", type=float, default=0.0, help="points of --max-drop kept in hand"
@@ -185,12 +188,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     from offramp_train.progress import Report
     from offramp_train.recalibrate import recalibrate
 
-    if args.epsilon is not None:
-        raise ConfigError(
-            "--epsilon: no method of this version offers a guarantee; use --max-drop or --mean-depth"
-        )
     _set_threads(args.threads)
-    goal = Goal(args.max_drop, args.mean_depth, args.margin, not args.common)
+    goal = Goal(args.max_drop, args.mean_depth, args.margin, not args.common, args.epsilon)
     result = recalibrate(
         Bundle.read(args.bundle),
         _rows(args),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from offramp_common.activations import NumpyArray
+from offramp_model.exits import State
 from offramp_model.split_model import MultiExitModel
 from offramp_train.batches import Example, collate
 from offramp_train.metrics import metric_of, prediction_of
@@ -22,13 +23,19 @@ def exit_answers(
     """(depth -> answer_NC of that exit, target_N), rows in order of length."""
     model.eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    never = {knob.name: torch.tensor(float(knob.never)) for knob in model.knobs}
     parts: dict[int, list[NumpyArray]] = {depth: [] for depth in model.spec.exits}
     for start in range(0, len(order), _EVALUATION_ROWS):
         rows = [examples[i] for i in order[start : start + _EVALUATION_ROWS]]
         batch = collate(rows, model.channels)
         outputs = model(batch.inputs_BTF, batch.mask_BT)
-        for depth, answers in parts.items():
-            answers.append(outputs[depth]["logits"].float().numpy())
+        # The policy's answers: a method may mix exits, and then the branch's own are not what it says.
+        state: State = model.policy.start(batch.mask_BT)
+        for depth in model.looks:
+            decision = model.policy.decide(outputs[depth], state, never, depth)
+            state = decision.state
+            if depth in parts:
+                parts[depth].append(decision.answer.float().numpy())
     target_N = np.array([examples[i].target for i in order])
     return {depth: np.concatenate(answers) for depth, answers in parts.items()}, target_N
 

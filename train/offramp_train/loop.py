@@ -30,7 +30,8 @@ from offramp_train.recipes.recipe import Between, Pass, Progress, Recipe, Seen, 
 
 @dataclass(slots=True)
 class Cursor:
-    """What has been done. `best` is the watched quality of the best epoch of this stage."""
+    """What has been done. Of this stage: `best` is the watched quality of its best epoch, `passed` the rows
+    that went forward (a row that an update sees twice counts twice)."""
 
     stage: int = 0
     epoch: int = 0
@@ -39,6 +40,7 @@ class Cursor:
     loss_sum: float = 0.0
     best: float = -math.inf
     seconds: float = 0.0
+    passed: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -207,9 +209,11 @@ class Trainer:
                 Pass(
                     self.model,
                     self.extra,
-                    lambda batch: self._see(stage, batch),
+                    lambda batch: self._see(stage, batch, settings.bf16),
                     batches,
                     settings.lr * rate,
+                    self.config.loss,
+                    lambda batch: self._see(stage, batch, bf16=False),
                 )
             )
         learning = [p for p in self.model.parameters() if p.requires_grad]
@@ -220,13 +224,16 @@ class Trainer:
             self.mean.update(self.cursor.step)
         return loss
 
-    def _see(self, stage: Stage, batch: Batch) -> Seen:
+    def _see(self, stage: Stage, batch: Batch, bf16: bool) -> Seen:
         cursor, spec = self.cursor, self.model.spec
-        progress = Progress(cursor.step, self.updates, cursor.epoch, spec.n_layers)
+        cursor.passed += len(batch.target_B)
+        progress = Progress(
+            cursor.step, self.updates, cursor.epoch, spec.n_layers, self.config.loss, spec.exits
+        )
         between = None
         if stage.between is not None:
             between = partial(_between, stage.between, progress)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             outputs = self.model(batch.inputs_BTF, batch.mask_BT, between)
         full = {
             depth: {n: v.float() if v.is_floating_point() else v for n, v in named.items()}
@@ -252,9 +259,14 @@ class Trainer:
                 kept = self._look(stage)
         quality, watched, weights = kept
         name, _ = metric_of(self.model.spec.task)
-        record = {"stage": stage.name, "epoch": cursor.epoch + 1, "loss": round(loss, 5)}
         cursor.history.append(
-            {**record, f"dev_{name}": {str(d): round(q, 5) for d, q in quality.items()}}
+            {
+                "stage": stage.name,
+                "epoch": cursor.epoch + 1,
+                "loss": round(loss, 5),
+                "rows_passed": cursor.passed,
+                f"dev_{name}": {str(d): round(q, 5) for d, q in quality.items()},
+            }
         )
         shown = " ".join(f"{100 * q:.2f}" for q in quality.values())
         self.report.say(

@@ -37,10 +37,13 @@ def shift_label(model: MultiExitModel, dev: Sequence[Example], settings: Calibra
     with StoredWeights(model).swapped():
         answers, target_N = exit_answers(model, dev)
     shift = least_shift(answers[model.n_layers], target_N, label, settings.shift_others / 100)
+    heads = [model.exits[str(depth)] for depth in model.spec.exits]
+    classifiers = [getattr(head, "classifier", None) for head in heads]
     with torch.no_grad():
-        for head in model.exits.values():
-            classifier = getattr(head, "classifier", None)
-            if not isinstance(classifier, nn.Linear):
+        # Exits may share one classifier: it is shifted once.
+        for classifier in {id(c): c for c in classifiers}.values():
+            # A bias shifts a logit only where the logits are what the classifier gives.
+            if not isinstance(classifier, nn.Linear) or classifier.out_features != len(labels):
                 raise ConfigError(
                     f"calibration.shift_label: {model.method.name} has no classifiers to shift"
                 )

@@ -73,20 +73,22 @@ class OffloadRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., bundle: _Optional[str] = ..., digest: _Optional[bytes] = ..., frame: _Optional[bytes] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., deadline_ms: _Optional[float] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class OffloadReply(_message.Message):
-    __slots__ = ("request_id", "answers", "exit_depths", "confidences", "queue_ms", "compute_ms")
+    __slots__ = ("request_id", "answers", "exit_depths", "confidences", "queue_ms", "compute_ms", "exit_classes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     EXIT_DEPTHS_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CLASSES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     answers: bytes
     exit_depths: _containers.RepeatedScalarFieldContainer[int]
     confidences: _containers.RepeatedScalarFieldContainer[float]
     queue_ms: float
     compute_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., answers: _Optional[bytes] = ..., exit_depths: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ...) -> None: ...
+    exit_classes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., answers: _Optional[bytes] = ..., exit_depths: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., exit_classes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StreamReply(_message.Message):
     __slots__ = ("reply", "error")

@@ -39,6 +39,7 @@ class Method:
                is refused
     every_layer  branches stand after every layer, wherever exits are: the others only add to the state
     guarantee  the guaranteed calibration it offers (offramp_train.calibrate), or ""
+    online     the device chooses a sample's exit before it runs, and learns from what the exits said
     """
 
     name: str
@@ -56,3 +57,4 @@ class Method:
     learned: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda settings: ("logits",)
     every_layer: bool = False
     guarantee: str = ""
+    online: bool = False

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from offramp_train.fits import cats, class_means, right_tool
 from offramp_train.fits.fit import Fit
 
-FITS: dict[str, tuple[Fit, ...]] = {}
+FITS: dict[str, tuple[Fit, ...]] = {
+    "right_tool": right_tool.FITS,
+    "class_means": class_means.FITS,
+    "cats": cats.FITS,
+}

@@ -27,9 +27,11 @@ class Fit:
     part    the rows it is fitted on: "train", "dev", or a name of its own: then `share` of the training rows
             is set apart under it before training
     run     changes the model (buffers, small modules) and returns what to put on record (JSON)
+    tasks   the task kinds that need it
     """
 
     name: str
     part: str
     run: Callable[[Fitting], dict[str, Any]]
     share: float = 0.0
+    tasks: tuple[str, ...] = ("classification", "regression")

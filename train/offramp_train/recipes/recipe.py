@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp_common.errors import ConfigError
 from offramp_common.spec import TaskSpec
 from offramp_model.split_model import MultiExitModel
 from offramp_train.batches import Batch
@@ -21,12 +22,18 @@ from offramp_train.batches import Batch
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a stage's training is: update `step` of `steps`, in `epoch`, all counted from 0."""
+    """Where a stage's training is: update `step` of `steps`, in `epoch`, all counted from 0.
+
+    settings   the recipe's [loss] settings
+    exits      depths with an exit, ascending
+    """
 
     step: int
     steps: int
     epoch: int
     n_layers: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,8 @@ class Pass:
     see       one forward pass of a batch (again, if called again)
     batches   of this update; with `Recipe.halves` one from each half of the training rows
     lr        of the backbone in this update
+    settings  the recipe's [loss] settings
+    exact     as `see`, in float32 where training is in bfloat16: for small differences. None: `see` is
     """
 
     model: MultiExitModel
@@ -88,6 +97,8 @@ class Pass:
     see: Callable[[Batch], Seen]
     batches: Sequence[Batch]
     lr: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    exact: Callable[[Batch], Seen] | None = None
 
 
 Loss = Callable[[Seen], Tensor]
@@ -194,11 +205,38 @@ def divergence(
 ) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each row, (B,); values: squared distance.
 
-    Gradients reach both sides: detach the teacher.
+    Gradients reach both sides: detach the teacher. Leading axes are broadcast.
     """
     if task.kind == "regression":
-        return (student_BC - teacher_BC).square()[:, 0]
+        return (student_BC - teacher_BC).square()[..., 0]
     log_p_BC = torch.log_softmax(student_BC / temperature, dim=-1)
     log_q_BC = torch.log_softmax(teacher_BC / temperature, dim=-1)
     kl_BC = nn.functional.kl_div(log_p_BC, log_q_BC, reduction="none", log_target=True)
     return temperature**2 * kl_BC.sum(dim=-1)
+
+
+def mutual_divergence(
+    seen: Seen, temperature: float, teacher_EBC: Tensor | None = None
+) -> Tensor:
+    """`divergence` of exit i from exit j at [i, j], the mean over rows: (E, E) for E exits; 0 where i = j.
+
+    Student i, teacher j. Teachers are the same answers, detached, unless others are given.
+    """
+    z_EBC = torch.stack(list(seen.answers.values()))
+    teacher_EBC = z_EBC.detach() if teacher_EBC is None else teacher_EBC
+    apart_EEB = divergence(z_EBC[:, None], teacher_EBC[None], seen.task, temperature)
+    apart_EE = (apart_EEB * seen.weight_B).sum(dim=-1) / seen.weight_B.sum()
+    # Its own gradient from itself is 0 but for rounding.
+    return apart_EE * (1.0 - torch.eye(len(z_EBC), device=z_EBC.device))
+
+
+# Checks that several recipes share
+
+
+def needs_early_exits(model: MultiExitModel, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the final exit is the only one."""
+    if len(model.spec.exits) < 2:
+        raise ConfigError(
+            f"exits {model.spec.exits} has only the final one, and this recipe has exits learn from "
+            "each other; add exits"
+        )
