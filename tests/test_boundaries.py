@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "model", "edge", "cloud", "train", "simulate")
 OURS = {f"offramp_{package}" for package in PACKAGES}
-HEAVY = {"torch", "transformers", "ray", "onnxruntime", "onnx", "onnxscript"}
+HEAVY = {"torch", "transformers", "ray", "onnxruntime", "onnx", "onnxscript", "matplotlib"}
 
 # What no file of a package may import, anywhere in it:
 #   common <- model <- cloud, train;  common <- edge <- simulate

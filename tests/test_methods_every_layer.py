@@ -1,4 +1,4 @@
-"""Methods that read every layer, with exits after some layers only: the other layers only add to the state."""
+"""Methods that read every layer, with exits after some layers only: the others only add to the state."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def test_every_layer_counts_at_a_later_exit(method: str) -> None:
             hidden_BTD = hidden_LBTD[depth - 1] + (1.0 if depth == changed else 0.0)
             decision, outputs = head(hidden_BTD, mask_BT, state, knobs)
             state = decision.state
-        return outputs["logits"]
+        logits_BC: torch.Tensor = outputs["logits"]
+        return logits_BC
 
     for depth in range(1, N + 1):
         assert ((last(depth) - last(None)).abs().amax(dim=-1) > 1e-3).all(), f"layer {depth}"

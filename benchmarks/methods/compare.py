@@ -2,12 +2,13 @@
 
     python benchmarks/methods/compare.py [--only METHOD,...] [--sets trec,clinc150,sst2,stsb] [--seeds N]
                                          [--minutes M] [--jobs N] [--work FOLDER] [--again] [--list]
+    python benchmarks/methods/compare.py --timings [SET] | --online     on the weights that runs have left
 
 Results go to results/SET/ENTRY-seedS.json beside this file. A run whose result is there, made with the
 settings of comparison.py, is skipped; one that was stopped goes on from its checkpoint in the work folder
 (Ctrl-C and --minutes stop them so), which also keeps the weights. Each run is a process with one thread. A
 run that is refused or crashes is on record with its reason, and is tried again once its method's or recipe's
-file has changed.
+file has changed. write_docs.py makes pages of the results.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from pathlib import Path
 
 from comparison import HERE, SETS, TREC_SEEDS, Run, found, known_entries, runs
 from one_run import STOPPED
+from online import online_pass
+from timings import time_method
+
+from offramp_model.methods import METHODS
+from offramp_train.progress import Report
 
 _LOOK_S = 0.5  # between two looks at the running processes
 
@@ -109,6 +115,20 @@ def make(todo: list[Run], args: argparse.Namespace) -> bool:
     return not stopped
 
 
+def on_kept(args: argparse.Namespace, only: list[str]) -> int:
+    """Timings of methods, or the bandit's pass, on the bundles in the work folder."""
+    entries = [m for m in METHODS.values() if not only or m.name in only]
+    if args.timings:
+        for method in entries:
+            run = Run(args.timings, method.name, 0)
+            print(f"{run.set}/{run.name}: {time_method(run, args.work, args.data)}", flush=True)
+    else:
+        for run in runs(args.sets.split(","), [m.name for m in entries if m.online], args.seeds):
+            done = online_pass(run, args.work, args.data, Report())
+            print(f"{run.set}/{run.name}: {'played' if done else 'no kept bundle'}", flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="methods and baselines, separated by commas")
@@ -118,6 +138,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--again", action="store_true", help="make runs anew that have a result")
     parser.add_argument("--list", action="store_true", help="say what would be run, and stop")
+    parser.add_argument(
+        "--timings", nargs="?", const="sst2", choices=list(SETS), help="of which set"
+    )
+    parser.add_argument("--online", action="store_true", help="the pass of UEE-UCB's bandit")
     work = Path(tempfile.gettempdir()) / "offramp-methods"
     parser.add_argument("--work", type=Path, default=work, help=f"default: {work}")
     data = Path(os.environ.get("OFFRAMP_DATA", HERE.parents[2] / "shared" / "data"))
@@ -127,6 +151,8 @@ def main() -> int:
     for given, known in ((only, known_entries()), (args.sets.split(","), list(SETS))):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"{unknown[0]!r} is unknown; known: {', '.join(known)}")
+    if args.timings or args.online:
+        return on_kept(args, only)
     todo = wanted(runs(args.sets.split(","), only, args.seeds), args.again)
     print(f"{len(todo)} runs to make", file=sys.stderr)
     if args.list:

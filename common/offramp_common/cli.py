@@ -30,6 +30,7 @@ _EXTRAS = {  # a package that the base install lacks -> the extra that brings it
     "cryptography": "cloud",
     "grpc_health": "cloud",
     "grpc_reflection": "cloud",
+    "matplotlib": "train",
     "onnx": "torch",
     "onnxscript": "torch",
     "ray": "cloud",

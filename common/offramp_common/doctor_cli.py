@@ -41,6 +41,7 @@ _OPTIONAL = (
     ("transformers", "transformers", "torch", "train, cloud serve", "the backbones' layers"),
     ("onnx", "onnx", "torch", "train", "writes the device's graphs"),
     ("onnxscript", "onnxscript", "torch", "train", "writes the device's graphs"),
+    ("matplotlib", "matplotlib", "train", "train, evaluate --plot, calibrate", "draws a bundle's curve"),
     ("ray", "ray", "cloud", "cloud serve, demo", "places and scales the cloud's replicas"),
     ("cryptography", "cryptography", "cloud", "certs, demo", "makes development certificates"),
     ("grpcio-health-checking", "grpc_health", "cloud", "cloud serve", "the standard health service"),

@@ -76,7 +76,7 @@ def test_the_same_shuffle_gives_the_same_sequence_of_exits() -> None:
     def sequence(seed: int) -> list[int]:
         classes_NE, _ = nested(ERRORS, 1000, 0)
         np.random.default_rng(seed).shuffle(classes_NE)
-        return play(ExitBandit(COSTS), classes_NE).tolist()
+        return [int(exit) for exit in play(ExitBandit(COSTS), classes_NE)]
 
     assert sequence(1) == sequence(1)
     assert sequence(1) != sequence(2)

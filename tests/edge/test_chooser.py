@@ -212,7 +212,7 @@ async def test_other_methods_choose_nothing_and_report_nothing(bundle: Bundle) -
 
 
 @pytest.mark.parametrize("wrong", [{"bandit_alpha": -1.0}, {"bandit_cost": float("nan")}])
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float], bundle: Bundle) -> None:
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match="must be finite, not negative"):
         EdgeWorker(bundle, **wrong)
 

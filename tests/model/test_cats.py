@@ -10,8 +10,8 @@ import pytest
 import torch
 from law import Outcome, cut_at, whole
 from subjects import close
-from toy_models import LABELS, mixed_knobs, toy_model, toy_tokenizer
 from torch import Tensor
+from toy_models import LABELS, mixed_knobs, toy_model, toy_tokenizer
 
 from offramp_common.activations import Activations, NumpyArray, unpack
 from offramp_common.runner import run
@@ -48,16 +48,19 @@ def head(model: MultiExitModel, depth: int) -> MetaBranch:
 
 
 @torch.no_grad()
-def play(model: MultiExitModel, hidden_LBTD: Tensor) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:
+def play(
+    model: MultiExitModel, hidden_LBTD: Tensor
+) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:
     """(outputs by depth, what each exit's meta classifier was given) for these hidden states."""
     given: dict[int, Tensor] = {}
     hooks = [
         head(model, depth).meta.register_forward_pre_hook(
-            lambda _, inputs, depth=depth: given.update({depth: inputs[0]})  # type: ignore[misc]
+            lambda _, inputs, depth=depth: given.update({depth: inputs[0]})
         )
         for depth in range(1, N)
     ]
-    state, outputs, mask_BT = {}, {}, torch.ones(hidden_LBTD.shape[1:3], dtype=torch.bool)
+    state: dict[str, Tensor] = {}
+    outputs, mask_BT = {}, torch.ones(hidden_LBTD.shape[1:3], dtype=torch.bool)
     for depth, hidden_BTD in enumerate(hidden_LBTD, start=1):
         outputs[depth] = model.exits[str(depth)](hidden_BTD, mask_BT, state)
         knobs = {"threshold": torch.tensor(1.0)}
@@ -103,7 +106,9 @@ def test_of_a_value_it_reads_features_earlier_values_and_progress() -> None:
         assert given[depth].shape == (5, NARROW + N - 2)
         for row in range(5):
             narrow = torch.tanh(head(made, depth).narrow(hidden_LBTD[depth - 1, row, 0])).tolist()
-            past = [outputs[earlier]["logits"][row, 0].item() for earlier in range(depth - 2, 0, -1)]
+            past = [
+                outputs[earlier]["logits"][row, 0].item() for earlier in range(depth - 2, 0, -1)
+            ]
             past += [0.0] * (N - 3 - len(past))
             expected = [*narrow, *past, (depth - 1) / (N - 1)]
             torch.testing.assert_close(given[depth][row], torch.tensor(expected))
@@ -117,7 +122,7 @@ def test_the_score_is_the_second_probability_of_a_small_net(model: MultiExitMode
             logits_B2 = second(torch.tanh(first(given[depth])))
         expected = (logits_B2[:, 1] - logits_B2[:, 0]).sigmoid()
         torch.testing.assert_close(outputs[depth]["score"], expected)
-        assert first.weight.shape[0] == second.weight.shape[1] == 32
+        assert second.get_parameter("weight").shape == (2, 32)
 
 
 def test_logits_are_divided_by_the_exits_temperature() -> None:
@@ -143,9 +148,7 @@ def test_a_meta_classifier_may_be_shared_by_all_exits() -> None:
 # The rule
 
 
-def decide(
-    score: float, threshold: float, kind: str = "classification"
-) -> tuple[bool, float]:
+def decide(score: float, threshold: float, kind: str = "classification") -> tuple[bool, float]:
     policy = ConsistencyPolicy((1, 2, 3), 2 if kind == "classification" else 0, 0.5)
     logits_BC = torch.tensor([[1.0, 2.0]] if kind == "classification" else [[1.0]])
     outputs = {"logits": logits_BC, "score": torch.tensor([score])}
@@ -218,10 +221,10 @@ def test_a_shared_meta_classifier_is_stored_once_and_counts_for_every_cut(tmp_pa
     made = toy_model("cats", n_layers=N, settings={"meta": "shared"}, seed=2)
     bundle = save_model(tmp_path / "a", made, toy_tokenizer(), About("toy", 64, 1))
     assert [n for n in bundle.tensors if ".meta.0.weight" in n] == ["exits.1.meta.0.weight"]
-    loaded = head(load_model(bundle), 4).meta[0].weight
-    assert torch.equal(loaded, head(made, 1).meta[0].weight)
+    weight = head(made, 1).get_parameter("meta.0.weight")
+    assert torch.equal(head(load_model(bundle), 4).get_parameter("meta.0.weight"), weight)
     with torch.no_grad():
-        head(made, 1).meta[0].weight.mul_(2.0)
+        weight.mul_(2.0)
     other = save_model(tmp_path / "b", made, toy_tokenizer(), About("toy", 64, 1))
     assert all(bundle.digest(d) != other.digest(d) for d in range(N - 1))
 
@@ -247,7 +250,9 @@ def test_the_last_exit_is_the_full_model(
     rest = run(layers, to_torch(inputs), N - 1, {"threshold": (1.0,) * N}).rest
     assert rest is not None
     with torch.no_grad():
-        mask_BT = torch.arange(rest.hidden_BTD.shape[1]) < torch.from_numpy(inputs.lengths_B)[:, None]
+        mask_BT = (
+            torch.arange(rest.hidden_BTD.shape[1]) < torch.from_numpy(inputs.lengths_B)[:, None]
+        )
         last = model.backbone.run_layers(rest.hidden_BTD, mask_BT, N - 1, N)
         full = model.exits[str(N)](last, mask_BT, {})["logits"]
     got = whole(layers, inputs, {"threshold": (1.0,) * N})

@@ -23,7 +23,9 @@ N, WIDTH = 4, 32
 
 def head(means: list[list[float]], scale: list[float], pooling: str = "first") -> ClassMeans:
     labels = LABELS[: len(means)]
-    spec = HeadSpec(TaskSpec("classification", labels), len(means[0]), 2, (1, 2), {"pooling": pooling})
+    spec = HeadSpec(
+        TaskSpec("classification", labels), len(means[0]), 2, (1, 2), {"pooling": pooling}
+    )
     made = ClassMeans(spec)
     made.means.copy_(torch.tensor(means))
     made.scale.copy_(torch.tensor(scale))
@@ -32,7 +34,8 @@ def head(means: list[list[float]], scale: list[float], pooling: str = "first") -
 
 def logits(made: ClassMeans, feature: list[float]) -> torch.Tensor:
     hidden_BTD = torch.tensor([[feature]])
-    return made(hidden_BTD, torch.ones(1, 1, dtype=torch.bool), {})["logits"][0]
+    got: torch.Tensor = made(hidden_BTD, torch.ones(1, 1, dtype=torch.bool), {})["logits"][0]
+    return got
 
 
 @pytest.fixture(scope="module")

@@ -117,12 +117,12 @@ def test_at_tau_one_everyone_leaves_at_the_first_exit(
 
 def test_votes_are_never_slower_than_patience() -> None:
     sooner = 0
-    for looks in itertools.product(range(3), repeat=6):
+    for looks in itertools.product(range(3), repeat=5):
         for t in (1, 2, 3):
             voted, patient = play(looks, tau=t + 1)[0], patience(looks, t)
             assert voted <= patient, (looks, t)
             sooner += voted < patient
-    assert sooner > 100, "a break in a row of equal classes must make a difference"
+    assert sooner > 50, "a break in a row of equal classes must make a difference"
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
@@ -250,11 +250,8 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", VARIANTS[1:], ids=str)
-def test_the_graphs_of_its_variants_decide_as_torch_does(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    model = toy_model("ensemble_ic", seed=7, settings=settings)
+def test_the_graphs_of_soft_votes_with_lambda_decide_as_torch_does(tmp_path: Path) -> None:
+    model = toy_model("ensemble_ic", seed=7, settings={"votes": "soft", "lambda": 0.5})
     bundle = save_model(tmp_path, model, toy_tokenizer(), About("toy", 64, 1))
     graphs, knobs = OnnxLayers(add_graphs(bundle, precisions=["fp32"])), mixed_knobs(model)
     got = Outcome.of(run(graphs, inputs(32), model.n_layers, knobs).left)

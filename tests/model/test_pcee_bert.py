@@ -75,9 +75,11 @@ def decisions(
 SURE, ALSO, UNSURE = (0.9, 0.1), (0.05, 0.95), (0.5, 0.5)
 
 
-def leaves_at(probabilities: Sequence[Sequence[float]], patience: int, **more: float) -> int | None:
+def leaves_at(
+    probabilities: Sequence[Sequence[float]], patience: int, threshold: float = 0.5
+) -> int | None:
     """The exit, from 1."""
-    left = [d.leave_B.item() for d in decisions(probabilities, patience, **more)]
+    left = [d.leave_B.item() for d in decisions(probabilities, patience, threshold)]
     return left.index(True) + 1 if True in left else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +122,9 @@ def test_recipes_that_train_exits_are_refused_and_this_one_for_exits_that_learn(
     check_recipe(RECIPES["class_means"], mine, CLASSES, settings)
     with pytest.raises(ConfigError, match="trains the exits' 'logits', which class_means does not"):
         check_recipe(RECIPES["deebert"], mine, CLASSES, settings)
-    with pytest.raises(ConfigError, match="would leave pabee's 'logits' untrained; recipes that fit"):
+    with pytest.raises(
+        ConfigError, match="would leave pabee's 'logits' untrained; recipes that fit"
+    ):
         check_recipe(RECIPES["class_means"], METHODS["pabee"], CLASSES, {})
 
 

@@ -75,7 +75,7 @@ def test_train_makes_a_whole_bundle_and_leaves_nothing_else(topics: Path) -> Non
     assert f"{100 * points['int8']['accuracy']:.2f}" in card
     # Neither card nor manifest may name directories of the machine that made them.
     assert str(topics.parent) not in card + (topics / "bundle.json").read_text()
-    assert (topics / "curve.svg").read_text().startswith("<svg")
+    assert "<svg" in (topics / "curve.svg").read_text()
 
 
 def test_evaluate_runs_with_exits_on_every_runtime(topics: Path, folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_evaluate_runs_with_exits_on_every_runtime(topics: Path, folder: Path) -
         results[precision] = json.loads(done.stdout)
         assert "mean depth" in done.stderr
         assert "out of scope, recall" in done.stderr
-        assert plot.read_text().startswith("<svg")
+        assert "<svg" in plot.read_text()
     fp32, torch = results["fp32"], results["torch"]
     assert fp32["rows"] == 60
     assert sum(row["leaving"] for row in fp32["exits"]) == pytest.approx(1.0)

@@ -1,9 +1,11 @@
-"""The guarantee: by hand, over many random splits, with good scores and with worthless ones, and on record."""
+"""The guarantee: by hand, over many random splits, with good scores and worthless ones, and on record."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +50,8 @@ def world(scores: str, seed: int = 0, rows: int = _ROWS) -> tuple[NumpyArray, Nu
 def exit_of(score_EN: NumpyArray, threshold: float) -> NumpyArray:
     """The exit at which each row leaves, E for the last."""
     leave_EN = np.vstack([score_EN > threshold, np.ones(score_EN.shape[1], bool)])
-    return leave_EN.argmax(axis=0)
+    exit_N: NumpyArray = leave_EN.argmax(axis=0)
+    return exit_N
 
 
 def wrong_share(score_EN: NumpyArray, agrees_EN: NumpyArray, threshold: float) -> float:
@@ -66,7 +69,13 @@ def test_the_threshold_is_a_quantile_of_the_rows_worst_scores_and_infinity() -> 
     agrees_EN = np.array([[True, False, False, False, False], [True, False, True, False, True]])
     # Row 0 agrees everywhere and is dropped. M of the others: 0.6, 0.7, 0.8, 0.3; in order, with infinity:
     # 0.3, 0.6, 0.7, 0.8, inf. Places 0 to 4 are the shares 0, 1/4, 1/2, 3/4 and 1.
-    for epsilon, expected in ((0.0, math.inf), (0.2, math.inf), (0.25, 0.8), (0.5, 0.7), (0.6, 0.7)):
+    for epsilon, expected in (
+        (0.0, math.inf),
+        (0.2, math.inf),
+        (0.25, 0.8),
+        (0.5, 0.7),
+        (0.6, 0.7),
+    ):
         assert threshold_of(score_EN, agrees_EN, epsilon) == expected, epsilon
 
 
@@ -102,10 +111,10 @@ def test_a_larger_risk_never_raises_the_threshold_nor_the_mean_exit() -> None:
     score_EN, agrees_EN = world("good")
     risks = np.linspace(0.0, 0.6, 61)
     found = [threshold_of(score_EN, agrees_EN, risk) for risk in risks]
-    assert all(a >= b for a, b in zip(found, found[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(found))
     exits = [exit_of(score_EN, threshold).mean() for threshold in found]
     assert exits[0] == E
-    assert all(a >= b for a, b in zip(exits, exits[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(exits))
     assert exits[-1] < E - 1
 
 
@@ -162,7 +171,9 @@ def recorded(task: TaskSpec, seed: int = 0, rows: int = 600) -> Scorer:
     outputs: dict[int, dict[str, torch.Tensor]] = {}
     for depth in range(1, E + 2):
         if task.labels:
-            chosen_N = full_N if depth > E else np.where(agrees_EN[depth - 1], full_N, (full_N + 1) % 3)
+            chosen_N = (
+                full_N if depth > E else np.where(agrees_EN[depth - 1], full_N, (full_N + 1) % 3)
+            )
             answer_NC = np.eye(3, dtype=np.float32)[chosen_N] * 3
         else:
             off_N = 0.0 if depth > E else np.where(agrees_EN[depth - 1], 0.4, 0.6)
@@ -220,7 +231,8 @@ def test_label_weights_and_other_methods_have_no_guarantee() -> None:
 
 
 def test_a_goal_is_exactly_one_of_three_and_a_risk_is_below_one() -> None:
-    for given in ({}, {"epsilon": 0.1, "max_drop": 1.0}, {"mean_depth": 2.0, "epsilon": 0.1}):
+    both: tuple[dict[str, Any], ...] = ({"max_drop": 1.0}, {"mean_depth": 2.0})
+    for given in ({}, *({**goal, "epsilon": 0.1} for goal in both)):
         with pytest.raises(ConfigError, match="give one of --max-drop, --mean-depth and --epsilon"):
             Goal(**given)
     for risk in (-0.1, 1.0):
@@ -263,7 +275,12 @@ def test_a_guarantee_that_cannot_be_kept_is_refused(table: dict[str, object], sa
 def test_what_is_promised_is_on_record_by_precision_until_another_goal_takes_its_place() -> None:
     fp32, int8 = Guarantee(0.1, 500, 60), Guarantee(0.1, 500, 62)
     first = on_record({"seconds": 3}, {"fp32": fp32, "int8": int8}, "dev")
-    assert first["guarantee"]["int8"] == {"epsilon": 0.1, "rows": 500, "inconsistent": 62, "data": "dev"}
+    assert first["guarantee"]["int8"] == {
+        "epsilon": 0.1,
+        "rows": 500,
+        "inconsistent": 62,
+        "data": "dev",
+    }
     second = on_record(first, {"int8": None}, "dev.tsv")
     assert second == on_record({"seconds": 3}, {"fp32": fp32}, "dev")
     assert on_record(second, {"fp32": None}, "dev.tsv") == {"seconds": 3}

@@ -8,8 +8,8 @@ from seen import VALUES, seen
 from torch import Tensor
 from toy_models import toy_model
 
-from offramp_train.recipes.elasticbert import RECIPE, equilibrium, plain_sum
-from offramp_train.recipes.recipe import Progress
+from offramp_train.recipes.elasticbert import RECIPE, equilibrium
+from offramp_train.recipes.recipe import Progress, plain_sum
 
 L = 4
 

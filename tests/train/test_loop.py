@@ -21,7 +21,7 @@ from trainers import (
 from offramp_common.errors import ConfigError
 from offramp_train.checkpoint import Stopped
 from offramp_train.data import Splits, read_splits
-from offramp_train.loop import schedule
+from offramp_train.optimiser import schedule
 from offramp_train.progress import Report
 
 

@@ -27,7 +27,13 @@ from offramp_train.replay import Recording, Scorer, record, replay
 N_LAYERS, N_ROWS = 4, 40
 CLASSES = TaskSpec("classification", ("a", "b", "c"))
 NUMBER = TaskSpec("regression")
-CASES = [("deebert", CLASSES), ("pabee", CLASSES), ("pabee", NUMBER)]
+CASES = [
+    ("deebert", CLASSES),
+    ("pabee", CLASSES),
+    ("pabee", NUMBER),
+    ("dact_bert", CLASSES),
+    ("palbert", CLASSES),  # its branches read carried state
+]
 
 
 class Case:

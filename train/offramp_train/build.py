@@ -26,12 +26,14 @@ from offramp_train.batches import Epochs, Example, encode, tokenizer_json, unkno
 from offramp_train.checkpoint import Checkpoints, StopSignal
 from offramp_train.config import TrainConfig, config_from, merge
 from offramp_train.conformal import settled
+from offramp_train.curve_plot import check_picture
 from offramp_train.data import Splits, read_splits
 from offramp_train.finish import finish
 from offramp_train.fits import FITS
 from offramp_train.fits.fit import Fit, Fitting
 from offramp_train.loop import Trainer
 from offramp_train.progress import Report
+from offramp_train.quality import CURVE
 from offramp_train.quantise import StoredWeights
 from offramp_train.recipe_check import check_model, check_recipe, loss_settings, start_heads
 from offramp_train.recipes import recipe_named
@@ -101,6 +103,8 @@ def train_bundle(request: Request, report: Report) -> Bundle:
     config, work = request.config, request.work_dir
     if request.out.exists() and not request.overwrite:
         raise ConfigError(f"{request.out}: exists; give --overwrite, or another --out")
+    if request.finish:
+        check_picture(CURVE)
     splits = read_splits(
         request.data,
         columns=config.columns,

@@ -122,17 +122,22 @@ def add_evaluate_command(subparsers: Any) -> None:
     parser.add_argument(
         "--oos-label", default="oos", help="out-of-scope label, if the bundle has one"
     )
-    parser.add_argument("--plot", metavar="F.svg", help="picture of quality against mean depth")
+    parser.add_argument(
+        "--plot", metavar="F.svg", help="picture of quality against mean depth: .svg, .png or .pdf"
+    )
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from offramp_common.bundle import Bundle
+    from offramp_train.curve_plot import check_picture
     from offramp_train.evaluate import evaluate, table_of
     from offramp_train.progress import Report
     from offramp_train.quality import plot
 
     _set_threads(args.threads)
+    if args.plot:
+        check_picture(args.plot)
     bundle = Bundle.read(args.bundle)
     rows = _rows(args)
     result = evaluate(
@@ -144,7 +149,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.plot:
         metric = next(iter(result["quality"]))
         title = f"{result['bundle']}: {metric} against depth ({rows.path.name})"
-        Path(args.plot).write_text(plot(title, metric, result["n_layers"], result["curve"]))
+        plot(Path(args.plot), title, metric, result["n_layers"], result["curve"])
     return OK
 
 

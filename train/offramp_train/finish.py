@@ -10,7 +10,7 @@ from offramp_common.bundle import CARD, Bundle, write_manifest
 from offramp_common.runner import Knobs
 from offramp_train.calibrate import Goal, Point, calibrate
 from offramp_train.card import card_text
-from offramp_train.config import TrainConfig
+from offramp_train.config import Calibration, TrainConfig
 from offramp_train.conformal import Guarantee, on_record
 from offramp_train.data import Splits
 from offramp_train.measure import PRECISIONS, has_graphs, subject
@@ -33,10 +33,7 @@ def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Repor
     """Calibrated on dev, measured on test (on dev where there is none)."""
     name, _ = metric_of(bundle.manifest.task)
     chosen = config.calibration
-    if chosen.epsilon:
-        goal = Goal(epsilon=chosen.epsilon)
-    else:
-        goal = Goal(max_drop=chosen.max_drop, margin=chosen.margin, per_exit=chosen.per_exit)
+    goal = _goal(chosen)
     weights = dict(config.calibration.label_weights)
     points: dict[str, Knobs] = {}
     promised: dict[str, Guarantee | None] = {}
@@ -70,9 +67,15 @@ def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Repor
         training=on_record(bundle.manifest.training, promised, "dev"),
     )
     title = f"{manifest.name}: {name} against depth ({split})"
-    (bundle.path / CURVE).write_text(plot(title, name, bundle.n_layers, curve))
+    plot(bundle.path / CURVE, title, name, bundle.n_layers, curve)
     write_manifest(bundle.path, manifest)
     return Bundle.read(bundle.path)
+
+
+def _goal(chosen: Calibration) -> Goal:
+    if chosen.epsilon:
+        return Goal(epsilon=chosen.epsilon)
+    return Goal(max_drop=chosen.max_drop, margin=chosen.margin, per_exit=chosen.per_exit)
 
 
 def describe(point: Point, metric: str) -> str:

@@ -6,15 +6,14 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp_model.split_model import MultiExitModel
 from offramp_train.batches import Batch, Epochs, Example, bucketed, collate, halved
@@ -22,6 +21,7 @@ from offramp_train.checkpoint import Checkpoints, Stopped, StopSignal
 from offramp_train.config import TrainConfig, Training
 from offramp_train.exit_answers import exit_quality
 from offramp_train.metrics import metric_of
+from offramp_train.optimiser import RunningMean, optimiser, schedule
 from offramp_train.progress import Report
 from offramp_train.quantise import StoredWeights
 from offramp_train.recipe_check import set_trainable
@@ -42,32 +42,6 @@ class Cursor:
     seconds: float = 0.0
     passed: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-class RunningMean:
-    """An exponential mean of the weights that learn (EMA), with a short warm-up."""
-
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.parameters, self.decay = list(parameters), decay
-        self.means = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (step + 1) / (step + 10))
-        for mean, parameter in zip(self.means, self.parameters, strict=True):
-            mean.lerp_(parameter.detach(), 1 - decay)
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Inside, the model has the means for weights."""
-        originals = [p.data for p in self.parameters]
-        try:
-            for parameter, mean in zip(self.parameters, self.means, strict=True):
-                parameter.data = mean
-            yield
-        finally:
-            for parameter, data in zip(self.parameters, originals, strict=True):
-                parameter.data = data
 
 
 class Trainer:
@@ -123,7 +97,7 @@ class Trainer:
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.updates = self._updates()
         self.weights = StoredWeights(self.model)
-        self.optimiser = _optimiser(self.model, self.extra, self.settings)
+        self.optimiser = optimiser(self.model, self.extra, self.settings)
         self.mean = RunningMean(learning, self.settings.ema) if self.settings.ema else None
         if saved is not None:
             torch.set_rng_state(saved["rng"])
@@ -303,39 +277,7 @@ class Trainer:
         )
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear rise over the first `warmup` of the updates, linear fall to 0 after; 1 at the peak."""
-    warm = int(warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return (steps - step) / max(steps - warm, 1)
-
-
 def _between(
     between: Between, progress: Progress, depth: int, hidden_BTD: Tensor
 ) -> tuple[Tensor, Tensor]:
     return between(depth, hidden_BTD, progress)
-
-
-def _optimiser(
-    model: MultiExitModel, extra: nn.Module | None, settings: Training
-) -> torch.optim.AdamW:
-    """AdamW; biases and norms do not decay; exit heads and `extra` have rates of their own."""
-    heads = {id(p) for p in model.exits.parameters()}
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            key = (id(parameter) in heads, parameter.dim() > 1)
-            groups.setdefault(key, []).append(parameter)
-    chosen: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "peak": (settings.head_lr or settings.lr) if head else settings.lr,
-            "weight_decay": settings.weight_decay if matrix else 0.0,
-        }
-        for (head, matrix), parameters in groups.items()
-    ]
-    if extra is not None:
-        parameters = list(extra.parameters())
-        chosen.append({"params": parameters, "peak": settings.extra_lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(chosen, lr=settings.lr, fused=True)

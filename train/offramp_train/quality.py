@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import numpy as np
 from offramp_common.runner import Knobs
 from offramp_common.spec import never_exit
 from offramp_train.calibrate import sweep
-from offramp_train.curve_plot import Line, curve_svg
+from offramp_train.curve_plot import Line, draw
 from offramp_train.measure import Subject, policy_of
 from offramp_train.metrics import metric_of, prediction_of
 from offramp_train.replay import Recording, replay
 
 CURVE = "curve.svg"
+_IN_WORDS = {"accuracy": "accuracy (% of inputs)", "pearson": "Pearson's correlation \u00d7 100"}
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,15 @@ def curve_points(
     return out
 
 
-def plot(title: str, metric: str, n_layers: int, points: list[Mapping[str, Any]]) -> str:
-    """SVG of curve points as `curve_points` makes them, a line for each precision."""
+def plot(
+    path: Path, title: str, metric: str, n_layers: int, points: Sequence[Mapping[str, Any]]
+) -> None:
+    """The picture of curve points as `curve_points` makes them, a line for each precision."""
     lines = {}
     for precision in dict.fromkeys(point["precision"] for point in points):
         mine = [point for point in points if point["precision"] == precision]
-        swept = [(p["mean_depth"], p[metric]) for p in mine if p["kind"] == "sweep"]
-        marked = [(p["mean_depth"], p[metric]) for p in mine if p["kind"] == "operating point"]
-        lines[str(precision)] = Line(tuple(swept), tuple(marked))
-    return curve_svg(title, metric, n_layers, lines)
+        swept = tuple((p["mean_depth"], 100 * p[metric]) for p in mine if p["kind"] == "sweep")
+        (chosen,) = (p for p in mine if p["kind"] == "operating point")
+        operating = (chosen["mean_depth"], 100 * chosen[metric])
+        lines[precision] = Line(swept, operating, 100 * chosen["full_depth"])
+    draw(path, title, _IN_WORDS.get(metric, f"{metric} \u00d7 100"), n_layers, lines)

@@ -10,6 +10,7 @@ from offramp_common.runner import Knobs
 from offramp_train.calibrate import Goal, Point, calibrate
 from offramp_train.card import card_text
 from offramp_train.conformal import Guarantee, check_guarantee, on_record
+from offramp_train.curve_plot import check_picture
 from offramp_train.measure import PRECISIONS, has_graphs, subject
 from offramp_train.metrics import metric_of
 from offramp_train.progress import Report
@@ -31,6 +32,7 @@ def recalibrate(
     """
     if goal.epsilon is not None:
         check_guarantee(bundle.manifest.method, "--epsilon")
+    check_picture(bundle.path / CURVE)
     metric, _ = metric_of(bundle.manifest.task)
     wanted = PRECISIONS if precision == "all" else (precision,)
     have = [p for p in wanted if has_graphs(bundle, p)] if precision == "all" else list(wanted)
@@ -70,7 +72,7 @@ def _renew_card(bundle: Bundle, manifest: Manifest, report: Report) -> None:
     metric, _ = metric_of(manifest.task)
     card.write_text(card_text(manifest))
     title = f"{manifest.name}: {metric} against depth"
-    (bundle.path / CURVE).write_text(plot(title, metric, manifest.n_layers, list(manifest.curve)))
+    plot(bundle.path / CURVE, title, metric, manifest.n_layers, manifest.curve)
 
 
 def _shown(point: Point, metric: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ a_n[c] (1 - p_n)^d >= a_n[r] + p_n d.
 Differs from the paper:
 1. Setting `bound = "tight"` compares with 1 - (1 - a_n[r]) (1 - p_n)^d, which leaves earlier and is as safe:
    it is the most that class r can reach ("plain" is the paper's, above).
-2. The knob `slack` is a factor g on d in the bound. 1 is the paper's rule; with less the answer may be another
-   than at full depth; above 1 there is only "never leave". It may be given for each exit.
+2. The knob `slack` is a factor g on d in the bound. 1 is the paper's rule; with less the answer may be
+   another than at full depth; above 1 there is only "never leave". It may be given for each exit.
 3. Where exits stand after some layers only, d counts exits, not layers.
-4. Regression, which the paper does not have: the answer is a running mean of values by the same weights, and a
-   sample leaves when 1 - (1 - p_n)^d is below `tolerance`, strictly: of the range in which the exits' values
-   lie, that is the share by which the answer can still move. Values outside that range void the bound.
+4. Regression, which the paper does not have: the answer is a running mean of values by the same weights,
+   and a sample leaves when 1 - (1 - p_n)^d is below `tolerance`, strictly. That is how far the answer can
+   still move, as a share of the range in which the exits' values lie, so no range need be known; values
+   outside it void the bound.
 5. The answer given out is log(a_n + 1e-12), whose softmax is a_n.
 6. A row with a number that is not finite in an exit's outputs never leaves early, there or later.
 7. h_n starts near 0.88 (a bias of 2), so that deep exits have a gradient from the start.

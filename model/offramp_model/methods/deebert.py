@@ -14,6 +14,8 @@ Differs from the paper:
 5. Entropy is computed by log_softmax; the official sum(p * log p) is NaN for saturated logits,
    which then never leave.
 6. Confidence is 1 - H / ln C, for the planner (no exit depends on it); the paper has none.
+Not verified: its results for each data set. That hidden states and mask are all that must cross is our own
+derivation.
 """
 
 from __future__ import annotations

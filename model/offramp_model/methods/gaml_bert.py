@@ -43,6 +43,9 @@ METHOD = Method(
         "Where training time is short: an update takes a second backward pass. At inference it is PABEE, "
         "with its few operating points."
     ),
-    reported="Significant gains over earlier early-exit methods for BERT on GLUE (abstract; numbers not verified).",
+    reported=(
+        "Significant gains over earlier early-exit methods for BERT on GLUE (abstract; numbers not "
+        "verified)."
+    ),
     settings=pabee.METHOD.settings,
 )

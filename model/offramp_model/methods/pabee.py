@@ -17,7 +17,8 @@ Differs from the paper:
 5. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 6. Confidence is the count as a share of all layers, for the planner (no exit depends on it); the
    paper has none.
-Not verified: the paper's best patience of 6 for ALBERT-base, and its learning-rate search.
+Not verified: the paper's best patience of 6 for ALBERT-base, its learning-rate search, and its theorem on
+when patience helps. That count and last prediction must cross is our own derivation.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Balagansky, Gavrilov. NeurIPS 2022. https://arxiv.org/abs/2204.03276
 
 The rule: exit n gives a chance to stop, lambda_n. The chance to have stopped by exit n is 1 - s_n, with
-s_n = s_(n-1) (1 - lambda_n) and s_0 = 1. A sample leaves at the first exit where that is above q, strictly, with
-that exit's own answer (the Q-exit).
+s_n = s_(n-1) (1 - lambda_n) and s_0 = 1. A sample leaves at the first exit where that is above q, strictly,
+with that exit's own answer (the Q-exit).
 
 Differs from the paper:
 1. Pooler, classifier and lambda head are shared by all exits, as in the official code, on any backbone; the

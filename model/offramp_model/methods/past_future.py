@@ -16,7 +16,8 @@ Differs from the paper:
 5. Entropy is computed by log_softmax; the official code's is NaN for saturated logits.
 6. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 
-Not verified: the table of results; that gains are largest at 2x to 3x; fusions other than the gate.
+Not verified: the table of results; that gains are largest at 2x to 3x; fusions other than the gate. That two
+sums and the depth are all that must cross is our own derivation.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ Differs from the paper:
    the answers are the same. A threshold may be given for each exit.
 6. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 
-Not verified: the exits after layers 1, 5, 13 and 24 of BERT-large; the results of each data set.
+Not verified: the exits after layers 1, 5, 13 and 24 of BERT-large; the results of each data set. What must
+cross, in either form, is our own derivation.
 """
 
 from __future__ import annotations

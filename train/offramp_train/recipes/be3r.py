@@ -1,11 +1,12 @@
-"""BE3R's recipe: a mixture of experts by the routers' chances, and a price on depth. Mangrulkar et al., KDD 2022.
-See offramp_model.methods.be3r.
+"""BE3R's recipe: a mixture of experts by the routers' chances, and a price on depth. Mangrulkar et al., KDD
+2022. See offramp_model.methods.be3r.
 
 With pi_j the chance to stop at exit j, of depth e_j, and l_j that exit's loss:
 
-    sum_j pi_j l_j  +  mu sum_j pi_j e_j / N  +  nu mean_j l_j  +  load sum_j (mean over rows of pi_j - target_j)^2
+    sum_j pi_j l_j  +  mu sum_j pi_j e_j / N  +  nu mean_j l_j  +  load sum_j (m_j - target_j)^2
 
-The first epoch has mu = 0 and nu = 1 and no load term, so that experts are of use before routers choose.
+and m_j the mean of pi_j over rows. The first epoch has mu = 0 and nu = 1 and no load term, so that experts
+are of use before routers choose.
 
 Differs from the paper: the paper was not available; this is a reconstruction, all of it.
 1. `hard`: for so large a last share of the updates routers choose 0 or 1 in the forward pass, as in use, with

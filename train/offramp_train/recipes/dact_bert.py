@@ -1,8 +1,8 @@
-"""DACT-BERT's recipe: plain fine-tuning, then everything jointly on the mixture of all exits. Eyzaguirre et al.,
-NLP-Power workshop at ACL 2022. See offramp_model.methods.dact_bert.
+"""DACT-BERT's recipe: plain fine-tuning, then everything jointly on the mixture of all exits. Eyzaguirre et
+al., NLP-Power workshop at ACL 2022. See offramp_model.methods.dact_bert.
 
-The second stage's loss, with shares h_n and weights left p_n: -log(a_N[label] + 1e-12) + tau R, where R is the
-sum over exits of h_n (`reg = "h"`) or of p_n ("p").
+The second stage's loss, with shares h_n and weights left p_n: -log(a_N[label] + 1e-12) + tau R, where R is
+the sum over exits of h_n (`reg = "h"`) or of p_n ("p").
 
 Differs from the paper:
 1. For values the first term is the squared error of the mixture a_N; the paper has classes only.

@@ -10,15 +10,9 @@ Not verified: which epoch it keeps when exits are trained together. Here it is t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from offramp_train.recipes.recipe import Progress, Recipe, Seen, Stage, gradients_of
-
-
-def plain_sum(seen: Seen) -> Tensor:
-    """The sum over all exits, without weights."""
-    return torch.stack(list(seen.losses().values())).sum()
+from offramp_train.recipes.recipe import Progress, Recipe, Stage, gradients_of, plain_sum
 
 
 def equilibrium(depth: int, hidden_BTD: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:

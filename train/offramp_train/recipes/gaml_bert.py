@@ -75,8 +75,8 @@ def parameter_groups(model: MultiExitModel, by: str) -> list[list[int]]:
         for parameter in owner.parameters():
             owner_of.setdefault(id(parameter), number)
     groups: dict[int, list[int]] = {}
-    for index, parameter in enumerate(parameters):
-        groups.setdefault(owner_of[id(parameter)], []).append(index)
+    for index, learned in enumerate(parameters):
+        groups.setdefault(owner_of[id(learned)], []).append(index)
     return list(groups.values())
 
 

@@ -27,9 +27,7 @@ def learning(model: MultiExitModel) -> list[Tensor]:
 
 
 def added(a: Gradient, b: Gradient) -> list[Tensor | None]:
-    return [
-        y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)
-    ]
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
 
 
 def inner(a: Gradient, b: Gradient) -> Tensor:

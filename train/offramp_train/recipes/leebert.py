@@ -7,10 +7,12 @@ losses are learned too, by cross-level optimisation. Zhu, ACL 2021. See offramp_
 
     w = S softmax(omega + ln of the start weights); omega starts at 0, S is the number of label terms
 
-The training rows are in two fixed halves, D1 and D2; dev has no part in it. An update, of b1 from D1, b2 from D2:
+The training rows are in two fixed halves, D1 and D2; dev has no part in it. An update, of b1 from D1 and b2
+from D2:
 1. theta' = theta - eta grad_theta Total(theta; omega; b1), eta the backbone's rate in this update
-2. G2 = grad_omega sum_i a_i(theta'; b2) = -eta grad_omega <grad_theta Total(theta; omega; b1), v>, v the gradient
-   of that sum at theta', by the difference of Total at theta + eps v and theta - eps v, eps = 0.01 / |v|
+2. G2 = grad_omega sum_i a_i(theta'; b2) = -eta grad_omega <grad_theta Total(theta; omega; b1), v>, v the
+   gradient of that sum at theta', by the difference of Total at theta + eps v and theta - eps v with
+   eps = 0.01 / |v|
 3. G1 = grad_omega Total(theta; omega; b1), and omega learns from G2 + lambda_c G1
 4. theta learns from Total on b1 and b2 together, with omega as it was
 
@@ -18,13 +20,15 @@ What one update costs: Total is linear in its terms, so 2 and 3 need the values 
 forward and backward pass of b1 and of b2 that any training has, that is one forward and backward pass of b2
 and two forward passes of b1: 11 against 6, a backward pass taken as two forward passes; 1.8 times.
 
-Differs from the paper, of which no text or code was at hand (that exits teach each other, that weights are learned
-at two levels and that the data is in two parts is its abstract's; the rest is a reconstruction):
-1. With `outer` "per unit" G2 is taken per unit of eta, "with eta" as above. eta is of the order 1e-5: G2 would
-   be lost beside G1, and weights flow to whatever loss is smallest, away from the labels.
+Differs from the paper, of which the abstract alone was at hand (exits teach each other, weights are learned
+at two levels, the data is in two parts; the rest is a reconstruction, and no official code is known):
+1. With `outer` "per unit" G2 is taken per unit of eta, "with eta" as above. eta is of the order 1e-5: G2
+   would be lost beside G1, which moves weight to whatever loss is smallest, from the labels to distillation.
+   lambda_c is 0.1 for the same reason.
 2. omega and theta learn at the same time, by AdamW, omega at training.extra_lr.
 3. Weights start even among exits ("depth": as PABEE's), and distillation with `share` of the whole.
-4. Dropout is the same in 1 and at both sides of the difference; the difference is in float32 always.
+4. Dropout is the same in 1 and at both sides of the difference. There teachers stay as they were in 1, for
+   Total has them detached, and the model runs in float32 even where it trains in bfloat16.
 `weights` "single-level" has G1 alone, lambda_c = 0 G2 alone (bi-level); "fixed" learns none.
 """
 
@@ -85,7 +89,7 @@ class LossWeights(nn.Module):
 
     def weigh(self, omega: Tensor, terms_K: Tensor) -> Tensor:
         """Total of these terms. Written so that omega = 0 gives the start weights' mean to the bit."""
-        unscaled_K = self.start * torch.exp(omega - omega.max())
+        unscaled_K = self.start * torch.exp(omega - omega.detach().max())
         return self.total * ((unscaled_K * terms_K).sum() / unscaled_K.sum())
 
 
@@ -162,7 +166,7 @@ RECIPE = Recipe(
     settings=(
         Setting("weights", "cross-level", "what the losses' weights learn from",
                 choices=("cross-level", "single-level", "fixed")),
-        Setting("lambda_c", 1.0, "weight of G1 beside G2"),
+        Setting("lambda_c", 0.1, "weight of G1 beside G2"),
         Setting("outer", "per unit", "G2 as it stands or per unit of eta",
                 choices=("per unit", "with eta")),
         Setting("temperature", 2.0, "T, of both softmaxes in distillation", 1e-3),

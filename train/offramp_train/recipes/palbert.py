@@ -1,14 +1,14 @@
-"""PALBERT's recipe: the exit as a hidden variable with a prior on the depth. Balagansky, Gavrilov, NeurIPS 2022.
-See offramp_model.methods.palbert.
+"""PALBERT's recipe: the exit as a hidden variable with a prior on the depth. Balagansky, Gavrilov, NeurIPS
+2022. See offramp_model.methods.palbert.
 
 The loss is sum_n p_n l_n + beta KL(g || p), the mean over rows: l_n is exit n's loss, p_n the chance to stop
 there, g a geometric prior whose last entry is what is left: g_n = c (1 - c)^(n-1), c = `prior`.
 
 Differs from the paper:
-1. The last exit's chance is what is left, p_N = s_(N-1), in both terms, as it is in use. In the official code it
-   is lambda_N s_(N-1), so that the chances do not add up to 1.
-2. Chances are worked out as logarithms, and need no guard. The official code sets what is left below 0.05 to a
-   constant and stops early.
+1. The last exit's chance is what is left, p_N = s_(N-1), in both terms, as it is in use. In the official
+   code it is lambda_N s_(N-1), so that the chances do not add up to 1.
+2. Chances are worked out as logarithms, and need no guard. In the official code, once less than 0.05 is
+   left, every further chance is a constant, and layers stop when that is so of all samples.
 3. n counts exits, where exits stand after some layers only; the prior is over as many.
 4. Ten epochs, the best on dev kept; the official code has 25 at most and stops after 5 without a gain.
 """

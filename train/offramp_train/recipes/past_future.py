@@ -23,6 +23,7 @@ from offramp_train.recipes.recipe import (
     Stage,
     depth_weighted,
     gradients_of,
+    needs_early_exits,
 )
 
 
@@ -48,19 +49,15 @@ def past_future(seen: Seen) -> Tensor:
 
 def soft_freeze(depth: int, hidden_BTD: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """Layers up to `freeze_layers` learn from an update with probability step / steps, each by itself."""
-    if depth <= progress.settings["freeze_layers"]:
-        # Torch's generator, which checkpoints keep.
-        if torch.rand(()) >= progress.step / progress.steps:
-            hidden_BTD = hidden_BTD.detach()
+    low = depth <= progress.settings["freeze_layers"]
+    # Torch's generator, which checkpoints keep; drawn for low layers alone.
+    if low and torch.rand(()) >= progress.step / progress.steps:
+        hidden_BTD = hidden_BTD.detach()
     return hidden_BTD, hidden_BTD
 
 
 def _check(model: MultiExitModel, settings: Mapping[str, Any]) -> None:
-    if len(model.spec.exits) < 2:
-        raise ConfigError(
-            "recipe past_future teaches early exits to imitate later layers, and exits "
-            f"{model.spec.exits} has only the final one; add exits"
-        )
+    needs_early_exits(model, settings)
     if settings["freeze_layers"] % 1:
         raise ConfigError(f"loss.freeze_layers = {settings['freeze_layers']}: must be whole")
 

@@ -194,6 +194,11 @@ def early_sum(seen: Seen) -> Tensor:
     return torch.stack([losses[depth] for depth in seen.exits[:-1]]).sum()
 
 
+def plain_sum(seen: Seen) -> Tensor:
+    """The sum, not the mean, over all exits, equal weights."""
+    return torch.stack(list(seen.losses().values())).sum()
+
+
 def depth_weighted(seen: Seen) -> Tensor:
     """sum(i * L_i) / sum(i) over depths i: PABEE's, and its followers'."""
     losses = seen.losses()
@@ -215,9 +220,7 @@ def divergence(
     return temperature**2 * kl_BC.sum(dim=-1)
 
 
-def mutual_divergence(
-    seen: Seen, temperature: float, teacher_EBC: Tensor | None = None
-) -> Tensor:
+def mutual_divergence(seen: Seen, temperature: float, teacher_EBC: Tensor | None = None) -> Tensor:
     """`divergence` of exit i from exit j at [i, j], the mean over rows: (E, E) for E exits; 0 where i = j.
 
     Student i, teacher j. Teachers are the same answers, detached, unless others are given.

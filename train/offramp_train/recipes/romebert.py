@@ -2,13 +2,13 @@
 gradient. Geng, Gao, Fu, Zhang, arXiv 2021. See offramp_model.methods.romebert.
 
     l_last = CE(z_L, y)         l_multi = sum_(i<L) (1 - gamma) CE(z_i, y)
-    l_dist = sum_(i<L) gamma T^2 KL(softmax(z_L / T) || softmax(z_i / T)) / C, the mean over rows; z_L detached
+    l_dist = sum_(i<L) gamma T^2 KL(softmax(z_L / T) || softmax(z_i / T)) / C, z_L detached
 
-"sd" minimises l_last + l_multi + l_dist. "sd+gr" takes the gradients u of the reference loss and v of the other
-(l_last; l_multi + l_dist) apart, by two backward passes over one forward pass: over the weight matrices of
-the layers 1..L-1, as one long vector, v' = v - min(<v, u> / <u, u>, 0) u, and the update is u + v'. Biases,
-norms, the last layer, embeddings and heads get u + v. Which loss is the reference is the data set's: the
-paper's code has "final" for its two largest sets (MNLI, QQP), "exits" for the others.
+"sd" minimises l_last + l_multi + l_dist. "sd+gr" takes the gradients u of the reference loss and v of the
+other (l_last; l_multi + l_dist) apart, by two backward passes over one forward pass: over the weight matrices
+of the layers 1..L-1, as one long vector, v' = v - min(<v, u> / <u, u>, 0) u, and the update is u + v'.
+Biases, norms, the last layer, embeddings and heads get u + v. Which loss is the reference is the data set's:
+the paper's code has "final" for its two largest sets (MNLI, QQP), "exits" for the others.
 
 The KL is the mean over rows and classes, as in the code: with T^2 and gamma that makes its strength.
 
