@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comparison import SETS
+from comparison import N_LAYERS, SETS
 from curves import SPEEDUPS
 from derived import AGAINST, MAX_DROP, NOT_RUN, Line, Mean, SetNumbers, area, at
 
@@ -110,16 +110,19 @@ def static_rows(numbers: SetNumbers) -> list[list[str]]:
     if curve is not None:
         cells = [curve.at(1 / s) for s in SPEEDUPS]
         shown = [NONE if q is None else f"{100 * q:.1f}" for q in cells]
-        own = [
-            "**truncated models**",
-            f"{len(numbers.bases)} of {numbers.wanted}",
-            quality(numbers.full),
-        ]
+        own = ["**truncated models**", f"{len(numbers.bases)} of {numbers.wanted}", ""]
         below = NONE
         if numbers.full is not None and (q := curve.at(0.5)) is not None:
             below = lost(Mean(100 * (numbers.full.value - q), None, 1))
         rows.append([*own, *shown, f"{100 * curve.area():.1f}", below, *[""] * len(AGAINST), ""])
     return rows
+
+
+def truncated(numbers: SetNumbers) -> str:
+    """Each truncated model's quality, in a sentence; "" where none was run."""
+    found = [(depth, numbers.static(depth)) for depth in range(1, N_LAYERS)]
+    said = [f"{quality(both[1])} at {depth}" for depth, both in found if both is not None]
+    return f"Cut to fewer layers and fine-tuned: {', '.join(said)}." if said else ""
 
 
 def about_set(numbers: SetNumbers) -> str:

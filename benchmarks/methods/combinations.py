@@ -42,11 +42,13 @@ class Combinations:
     refused: Mapping[str, tuple[str, ...]]
 
 
-def combinations(method: Method, settings: Mapping[str, Any]) -> Combinations:
-    """Of a method with these structural settings, an exit after every layer."""
+def combinations(
+    method: Method, kinds: tuple[str, ...], settings: Mapping[str, Any]
+) -> Combinations:
+    """Of a method with these structural settings for tasks of these kinds, an exit after every layer."""
     fits: dict[str, tuple[str, ...]] = {}
     refused: dict[str, list[str]] = {}
-    models = {kind: _model(method, kind, settings) for kind in method.tasks}
+    models = {kind: _model(method, kind, settings) for kind in kinds}
     for recipe in RECIPES.values():
         reasons = {kind: _reason(recipe, model, kind) for kind, model in models.items()}
         fits[recipe.name] = tuple(kind for kind, reason in reasons.items() if not reason)

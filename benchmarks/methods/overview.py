@@ -182,7 +182,7 @@ def _set(numbers: SetNumbers) -> list[str]:
         return [*out, f"{cells.about_set(numbers)}: {NOT_RUN}."]
     picture = f"methods/curves-{numbers.name}.svg"
     out += [
-        f"{cells.about_set(numbers)}.",
+        f"{cells.about_set(numbers)}. {cells.truncated(numbers)}".strip(),
         "",
         f"![Curves of all methods on {title}, by family, with the truncated models in each]({picture})",
         "",

@@ -7,6 +7,7 @@ colour-blind eyes too), the static truncated models in black, and all other line
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
@@ -76,7 +77,8 @@ def panel(
 ) -> list[str]:
     """One panel as SVG elements. seeds: each seed's own curve, thin, beside the mean."""
     by_name = {line.name: line for line in numbers.lines}
-    clip = f"c{round(frame.left)}-{round(frame.top)}"
+    # Several pictures may stand in one HTML file, whose names are common to all.
+    clip = "clip-" + re.sub(r"\W+", "-", f"{numbers.name} {title}")
     out = [
         f'<clipPath id="{clip}"><rect x="{_n(frame.left)}" y="{_n(frame.top)}" '
         f'width="{_n(frame.width)}" height="{_n(frame.height)}"/></clipPath>',

@@ -22,6 +22,7 @@ from offramp_common.errors import ConfigError, OfframpError
 _CONNECT_S = 3.0
 _MARKS = {"ok": "ok     ", "missing": "missing", "broken": "BROKEN ", "note": "note   "}
 
+_ZSTD = ("Python", "compression.zstd") if sys.version_info >= (3, 14) else ("backports.zstd",) * 2
 # (package, module, what it is for)
 _BASE = (
     ("numpy", "numpy", "activations and codecs"),
@@ -31,6 +32,7 @@ _BASE = (
     ("grpcio", "grpc", "the link to the cloud"),
     ("protobuf", "google.protobuf", "messages on that link"),
     ("msgpack", "msgpack", "frames' headers"),
+    (*_ZSTD, "codecs int8+z and int4+z"),
     ("aiohttp", "aiohttp", "the local service of `edge serve`"),
     ("prometheus-client", "prometheus_client", "/metrics"),
     ("rich", "rich", "tables and progress bars"),

@@ -62,7 +62,8 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--config", metavar="FILE.toml", help="settings; options here win")
     how.add_argument("--deadline-ms", type=float, metavar="N", help="answer within so long")
     how.add_argument("--split", type=int, metavar="K", help="layers run here; 0 sends the input")
-    how.add_argument("--codec", metavar="NAME", help="of hidden states: int8, fp16, fp32")
+    codecs = "of hidden states: fp32, fp16, bf16, int8, int4, int8+z, int4+z"
+    how.add_argument("--codec", metavar="NAME", help=codecs)
     how.add_argument("--precision", metavar="NAME", help="of the layers here: fp32, int8")
     how.add_argument("--no-exits", action="store_true", help="no sample leaves early")
     how.add_argument("--logits", action="store_true", help="answers carry their logits")

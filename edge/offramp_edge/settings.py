@@ -110,7 +110,8 @@ def plan_for(bundle: Bundle, settings: EdgeSettings) -> Plan:
     travelling = [name for name, known in CODECS.items() if not known.integer]
     if codec not in travelling:
         raise ConfigError(f"codec {codec!r}: hidden states travel as {', '.join(travelling)}")
-    codecs = (codec, *(name for name in travelling if name != codec))
+    # A cloud that lacks int8+z is sent int8 rather than the first of the table.
+    codecs = tuple(dict.fromkeys((codec, codec.removesuffix("+z"), *travelling)))
     return Plan(split, precision, codecs, _knobs(bundle, settings, precision))
 
 

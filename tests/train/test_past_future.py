@@ -17,11 +17,14 @@ from trainers import assert_stops_leave_no_trace, small_config
 from offramp_common.errors import ConfigError
 from offramp_common.spec import TaskSpec
 from offramp_model.methods import METHODS
+from offramp_train.batches import Example
+from offramp_train.config import Calibration
 from offramp_train.data import read_splits
 from offramp_train.recipe_check import check_model, check_recipe, loss_settings
 from offramp_train.recipes import RECIPES
 from offramp_train.recipes.past_future import RECIPE, imitation, past_future, soft_freeze
 from offramp_train.recipes.recipe import Progress
+from offramp_train.shift import shift_label
 
 L, WIDTH = 3, 4
 TARGET_B = torch.tensor([0, 2, 1, 1, 0])
@@ -159,3 +162,13 @@ def test_settings_that_make_no_sense_are_refused_with_the_reason() -> None:
     last = toy_model("past_future", n_layers=L, exits=[L])
     with pytest.raises(ConfigError, match="only the final one"):
         check_model(RECIPE, last, loss_settings(RECIPE, {}, "f.toml"))
+
+
+def test_a_logit_cannot_be_shifted_by_one_bias_and_a_shift_is_refused() -> None:
+    """Its classifiers' biases reach the logits through sums and gates."""
+    model = toy_model("past_future", n_layers=L, task=TASK)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    examples = [Example((2, 5 + i, 3), (0, 0, 0), i % 3) for i in range(6)]
+    with pytest.raises(ConfigError, match="past_future has no classifiers to shift"):
+        shift_label(model, examples, Calibration(shift_label="b"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

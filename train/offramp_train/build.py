@@ -206,18 +206,19 @@ def _fit(
     report.say(f"{config.method} by recipe {recipe.name}: {recipe.summary}")
     with StopSignal(request.max_minutes) as stop:
         history = Trainer(model, recipe, config, epochs, dev, checkpoints, report, stop).fit()
-    parts = {"train": train, "dev": dev, **apart}
-    for fit in fits:
-        report.say(f"fitting {fit.name} on {len(parts[fit.part])} rows ({fit.part})")
-        with StoredWeights(model).swapped():
-            record = fit.run(Fitting(model.eval(), parts[fit.part], config.seed))
-        history.append({"stage": fit.name, **record})
     if config.calibration.shift_label:
         shift = shift_label(model, dev, config.calibration)
         report.say(
             f"logit of {config.calibration.shift_label} shifted by {shift:.3f} at every exit"
         )
         history.append({"stage": "shift", "label": config.calibration.shift_label, "by": shift})
+    # After the shift: what is fitted on logits must be fitted on those that are used.
+    parts = {"train": train, "dev": dev, **apart}
+    for fit in fits:
+        report.say(f"fitting {fit.name} on {len(parts[fit.part])} rows ({fit.part})")
+        with StoredWeights(model).swapped():
+            record = fit.run(Fitting(model.eval(), parts[fit.part], config.seed))
+        history.append({"stage": fit.name, **record})
     return history
 
 

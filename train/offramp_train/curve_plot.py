@@ -13,13 +13,13 @@ from offramp_common.errors import ConfigError
 _UNSAID = {
     ".svg": ("Date", "Creator"), ".png": ("Software",), ".pdf": ("CreationDate", "Creator", "Producer")
 }  # fmt: skip
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "offramp",  # without, shapes get random names within the file
     "svg.fonttype": "none",  # text stays text; the first font is the one that matplotlib brings
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
     "font.size": 9.0,
     "text.parse_math": False,  # a bundle's name may have dollar signs
-    "axes.edgecolor": "0.4",
+    "pdf.fonttype": 42,  # whole letters that can be searched and edited
 }
 # Okabe and Ito's colours, told apart by colour-blind eyes too; marks for prints without colour.
 _LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"))

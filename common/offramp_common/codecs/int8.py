@@ -32,13 +32,14 @@ class Int8PerToken:
     name: str = "int8"
     lossless: bool = False
     integer: bool = False
+    fixed_size: bool = True
 
     def encode(self, hidden_ND: NDArray[Any]) -> bytes:
         hidden = np.asarray(hidden_ND, dtype=np.float32)
-        peak_N = _peak(hidden)
+        peak_N = peak_of(hidden)
         if not np.isfinite(peak_N).all():
             hidden = np.nan_to_num(hidden)
-            peak_N = _peak(hidden)
+            peak_N = peak_of(hidden)
         scale_N = np.minimum(peak_N / _LEVELS, _MAX_SCALE)
         scale_N[scale_N < _MIN_SCALE] = 0
         # x / inf is 0: what a token without a scale encodes as.
@@ -65,10 +66,13 @@ class Int8PerToken:
     def nbytes(self, n_tokens: int, width: int) -> int:
         return n_tokens * (width + 4)
 
+    def expected_nbytes(self, n_tokens: int, width: int) -> int:
+        return self.nbytes(n_tokens, width)
 
-def _peak(hidden_ND: NDArray[np.float32]) -> NDArray[Any]:
-    """Each token's largest magnitude; NaN where it has one."""
-    highest_N: NDArray[Any] = hidden_ND.max(axis=1, initial=0)
-    lowest_N: NDArray[Any] = hidden_ND.min(axis=1, initial=0)
-    peak_N: NDArray[Any] = np.maximum(highest_N, -lowest_N)
-    return peak_N
+
+def peak_of(hidden: NDArray[np.float32]) -> NDArray[Any]:
+    """The largest magnitude along the last axis; NaN where there is one."""
+    highest: NDArray[Any] = hidden.max(axis=-1, initial=0)
+    lowest: NDArray[Any] = hidden.min(axis=-1, initial=0)
+    peak: NDArray[Any] = np.maximum(highest, -lowest)
+    return peak

@@ -28,6 +28,7 @@ class TokenIds:
     name: str = "tokens"
     lossless: bool = True
     integer: bool = True
+    fixed_size: bool = True
 
     def encode(self, hidden_ND: NDArray[Any]) -> bytes:
         """Raises ValueError for ids that do not fit: our own bug."""
@@ -54,6 +55,9 @@ class TokenIds:
     def nbytes(self, n_tokens: int, width: int) -> int:
         """For ids below 65536; where one is not, two bytes a token more."""
         return 1 + n_tokens * (_NARROW + width - 1)
+
+    def expected_nbytes(self, n_tokens: int, width: int) -> int:
+        return self.nbytes(n_tokens, width)
 
 
 def largest_ids(data: bytes | memoryview, n_tokens: int, width: int) -> tuple[int, ...]:
