@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo env test test-mpnet check proto bench train-bundle clean
+.PHONY: help demo env test test-mpnet check proto bench docs train-bundle clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ proto: $(VENV)/installed-dev ## generate the wire code again after a change of p
 
 bench: $(VENV)/installed-dev ## measure again what the docs say, into benchmarks/results
 	PYTHON=$(BIN)/python scripts/bench.sh
+
+docs: $(VENV)/installed-dev ## write docs/methods.md and the methods' pages from the table and the results
+	$(BIN)/python benchmarks/methods/write_docs.py
 
 train-bundle: $(VENV)/installed-dev ## make bundles/assistant-intents again from MiniLM and CLINC150
 	$(BIN)/offramp train --config train/offramp_train/configs/assistant-intents.toml \

@@ -3,7 +3,8 @@
     python benchmarks/codec_costs.py [--runs N] [--json FILE|-]
 
 Hidden states [1, tokens, width] of a standard normal distribution (speed does not depend on the
-values, unless they are NaN or infinite). "frame" is the whole of encode_frame or decode_frame,
+values, unless they are NaN or infinite; the bytes of int8+z and int4+z do, by some percent).
+"frame" is the whole of encode_frame or decode_frame,
 codec included. The codecs take turns, so that a busy minute hits them all; printed are medians and
 the 10th to 90th percentile.
 """
@@ -27,7 +28,7 @@ from offramp_common.frames import Limits, decode_frame, encode_frame
 from offramp_common.spec import CutSpec
 
 _SHAPES = ((32, 384), (128, 768))
-_CODECS = ("fp32", "fp16", "int8")
+_CODECS = tuple(name for name, codec in CODECS.items() if not codec.integer)
 _STEPS = ("encode", "decode", "encode_frame", "decode_frame")
 
 
@@ -44,7 +45,8 @@ def steps(
         lambda: encode_frame(acts, cut, name),
         lambda: decode_frame(frame, cuts, limits),
     ]
-    assert len(data) == codec.nbytes(*hidden_ND.shape)
+    most = codec.nbytes(*hidden_ND.shape)
+    assert len(data) == most if codec.fixed_size else len(data) <= most
     return len(data), len(frame), timed
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from offramp_common.activations import Activations, mask_of
 from offramp_common.cli import write_json
+from offramp_common.codecs import CODECS
 from offramp_common.errors import UnknownCodec, WireError
 from offramp_common.frames import Limits, decode_frame, encode_frame
 from offramp_common.spec import CutSpec, StateField
@@ -51,10 +52,11 @@ CUTS = {
     5: CutSpec(5, True, 1, {"seen": StateField("bool")}, (70_000,)),
     6: CutSpec(6, False, 768),
 }
+FLOAT_CODECS = tuple(name for name, codec in CODECS.items() if not codec.integer)
 _ROWS = ([1], [5], [3, 1], [2, 9, 4, 4], [1] * 40, [8, 30, 16])
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, 7, 255, 2**16, 2**63, -1, -(2**40), 0.5, float("nan")),
-    *("", "fp32", "fp16", "int8", "tokens", "count", "x" * 65, b"", b"\0", b"\1\0", b"\xff" * 600),
+    *("", *CODECS, "count", "x" * 65, b"", b"\0", b"\1\0", b"\xff" * 600),
     *([], [[]], [1, 2, 3, 4, 5, 6], {}, {"a": b""}, {"count": b"\0"}, {1: b""}, {"a": {"b": {}}}),
     *(msgpack.ExtType(1, b"\0"), msgpack.Timestamp(0, 0)),
 )
@@ -66,7 +68,7 @@ def valid_frames(seed: int = 0) -> list[bytes]:
     for cut in CUTS.values():
         for lengths in _ROWS if cut.width < 100 else ([128], [1, 2]):
             acts = _batch(cut, lengths, rng)
-            codecs = ("fp32", "fp16", "int8") if cut.width < 100 else ("int8",)
+            codecs = FLOAT_CODECS if cut.width < 100 else ("int8", "int4", "int8+z", "int4+z")
             frames += [encode_frame(acts, cut, c) for c in (("tokens",) if cut.integer else codecs)]
     return frames
 
@@ -186,9 +188,14 @@ def _edit_rows(frame: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 def _edit_hidden(frame: bytes, other: bytes, rng: random.Random) -> bytes:
-    """The hidden states become noise of the same size: what a codec alone must withstand."""
+    """The hidden states become noise of the same size, all or in one place: what a codec alone must
+    withstand."""
     fields = msgpack.unpackb(frame)
-    fields[4] = rng.randbytes(len(fields[4]))
+    hidden = bytearray(fields[4])
+    size = rng.choice((1, 4, len(hidden)))
+    at = rng.randrange(len(hidden) - min(size, len(hidden)) + 1)
+    hidden[at : at + size] = rng.randbytes(len(hidden[at : at + size]))
+    fields[4] = bytes(hidden)
     if fields[2] == "tokens":
         fields[4] = bytes([rng.choice((2, 4, 7))]) + fields[4][1:]
     return bytes(msgpack.packb(fields))

@@ -44,18 +44,27 @@ def quality(mean: Mean | None) -> str:
 
 def points(mean: Mean | None, sure: bool = False) -> str:
     """A difference of qualities in points, signed."""
-    return NONE if mean is None else f"{100 * mean.value:+.1f}{'*' if sure else ''}"
+    if mean is None:
+        return NONE
+    shown = _signed(100 * mean.value)
+    return f"{shown}{'*' if sure else ''}"
 
 
 def share(mean: Mean | None) -> str:
     return NONE if mean is None else f"{mean.value:.2f}"
 
 
+def _signed(value: float) -> str:
+    """To a tenth; what rounds to 0 has no sign."""
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+
+
 def lost(mean: Mean | None) -> str:
     """Points lost, as a signed difference; a tick where they are within the bar."""
     if mean is None:
         return NONE
-    return f"{-mean.value:+.1f}{' ✓' if mean.value <= MAX_DROP else ''}"
+    shown = _signed(-mean.value)
+    return f"{shown}{' ✓' if mean.value <= MAX_DROP else ''}"
 
 
 def numbers_cell(line: Line) -> str:

@@ -45,8 +45,8 @@ def online_pass(run: Run, work: Path, data: Path, report: Report) -> bool:
     return True
 
 
-def measured(here: Subject, seed: int, report: Report) -> dict[str, Any]:
-    """What the bandit does, for every price."""
+def measured(here: Subject, seed: int, report: Report, long: int = LONG) -> dict[str, Any]:
+    """What the bandit does, for every price; `long`: samples of the long run."""
     recording = here.record(report, "test, every exit")
     exits, n = sorted(recording.outputs), here.bundle.n_layers
     logits = [recording.outputs[depth]["logits"].numpy() for depth in exits]
@@ -55,20 +55,20 @@ def measured(here: Subject, seed: int, report: Report) -> dict[str, Any]:
     table, lengths_N = FlopTable(here.layers.model), np.array(here.lengths)
     flops_NE = np.stack([table.rows(np.full(len(lengths_N), d), lengths_N) for d in exits], axis=1)
     right_NE = classes_NE == here.target_N[:, None]
-    world = _World(tuple(exits), n, classes_NE, right_NE, flops_NE)
+    world = World(tuple(exits), n, classes_NE, right_NE, flops_NE)
     return {
         "alpha": ALPHA,
         "orders": ORDERS,
         "rows": len(lengths_N),
-        "long_run_rounds": LONG,
+        "long_run_rounds": long,
         "disagreement": [
             round(float(v), 5) for v in (classes_NE != classes_NE[:, :1]).mean(axis=0)
         ],
-        "points": [world.point(scale, seed) for scale in SCALES],
+        "points": [world.point(scale, seed, long) for scale in SCALES],
     }
 
 
-class _World:
+class World:
     """A test set, as the bandit meets it. Axes: N rows, E exits."""
 
     def __init__(
@@ -82,7 +82,7 @@ class _World:
         self.exits, self.n_layers = exits, n_layers
         self.classes_NE, self.right_NE, self.flops_NE = classes_NE, right_NE, flops_NE
 
-    def point(self, scale: float, seed: int) -> dict[str, Any]:
+    def point(self, scale: float, seed: int, long: int) -> dict[str, Any]:
         cost_E = layer_costs(self.exits, self.n_layers, self.n_layers, scale)
         error_E = 1 - self.right_NE.mean(axis=0)
         best = int((error_E + cost_E).argmin())
@@ -91,7 +91,7 @@ class _World:
             rng = np.random.default_rng([seed, order])
             passes.append(self._played(rng.permutation(rows), cost_E, error_E))
         rng = np.random.default_rng([seed, ORDERS])
-        again = np.concatenate([rng.permutation(rows) for _ in range(-(-LONG // rows))])[:LONG]
+        again = np.concatenate([rng.permutation(rows) for _ in range(-(-long // rows))])[:long]
         spread = stdev(one["quality"] for one in passes)
         return {
             "price": scale,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import cells
 from comparison import BACKBONE, N_LAYERS, SETS
 from costs import COST_HEAD, Costs
-from curves import SPEEDUPS
+from curves import SPEEDUPS, standard_error
 from derived import AGAINST, MAX_DROP, NOT_RUN, Line, Mean, SetNumbers, area, at
 from families import FAMILIES
 from plots import grid, panel, sheet, spans
@@ -89,7 +90,7 @@ def findings(numbers: SetNumbers) -> list[str]:
         out.append(
             f"**{title}**: at twice fewer FLOPs {_and(names)} {'is' if len(names) == 1 else 'are'} best with "
             f"{100 * value:.1f}, {_below(drop)} the full model ({100 * numbers.full.value:.1f}): {bar} "
-            f"{MAX_DROP:.1f} point. {_others(numbers)}"
+            f"{MAX_DROP:.1f} point. {_others(numbers)} {_chance(numbers)}"
         )
     static = numbers.static_curve
     if static is not None:
@@ -121,6 +122,15 @@ def _others(numbers: SetNumbers) -> str:
         if best is not None:
             said.append(f"{what} {_and(best[0])} ({100 * best[1]:.1f})")
     return f"Best {', '.join(said)}."
+
+
+def _chance(numbers: SetNumbers) -> str:
+    about, full = numbers.about, numbers.full
+    if about is None or full is None:
+        return ""
+    rows = about["rows"]["test"]
+    points = 100 * 2 * math.sqrt(2) * standard_error(full.value, rows, about["metric"])
+    return f"On {rows} rows differences below about {points:.1f} points may be chance."
 
 
 def _verdicts(done: list[Line]) -> str:

@@ -65,7 +65,8 @@ class Int4PerGroup:
         # x / inf is 0: what a token without a scale encodes as.
         whole_N1 = np.where(unit_N > 0, unit_N, np.float32(np.inf))[:, None]
         scale_NG = np.clip(np.ceil(peak_NG / (whole_N1 * 127)), 0, 255)
-        step_NG = np.where(scale_NG > 0, scale_NG * whole_N1, np.float32(np.inf))
+        step_NG = scale_NG * unit_N[:, None]
+        step_NG[step_NG == 0] = np.inf
         steps_NGC = hidden_NGC / step_NG[:, :, None]
         values_NGC = np.rint(steps_NGC, out=steps_NGC).astype(np.int8)
         levels = _NEAREST[values_NGC.view(np.uint8)].reshape(

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from offramp_common.codecs.entropy import compress, decompress, most
 from offramp_common.codecs.int8 import peak_of
+from offramp_common.codecs.sizes import check_size
 from offramp_common.errors import WireError
 
 _LARGEST = np.float32(2.0**126)
@@ -57,6 +58,11 @@ class Stepped:
     integer: bool = False
     fixed_size: bool = False
 
+    def __post_init__(self) -> None:
+        # Coarser steps could need less than the bit a value that is always sent.
+        if not 0 < self.relative * (1 << self.planes) <= 1:
+            raise ValueError(f"codec {self.name}: coarse steps must be at most a root mean square")
+
     def encode(self, hidden_ND: NDArray[Any]) -> bytes:
         hidden_ND, step_N = self._steps(np.asarray(hidden_ND, dtype=np.float32))
         while True:
@@ -74,19 +80,16 @@ class Stepped:
         return b"".join((bits_N.astype("<u2").tobytes(), coded, *planes))
 
     def decode(self, data: bytes | memoryview, n_tokens: int, width: int) -> NDArray[Any]:
-        least = 2 * n_tokens + self.planes * _plane(n_tokens * width)
-        if not least <= len(data) <= self.nbytes(n_tokens, width):
+        planes = self.planes * _plane(n_tokens * width)
+        fewest, largest = 2 * n_tokens + planes, self.nbytes(n_tokens, width)
+        if not fewest <= len(data) <= largest:
             raise WireError(
                 f"codec {self.name}: {len(data)} bytes of hidden states; {n_tokens} tokens of width "
-                f"{width} need {least} to {self.nbytes(n_tokens, width)}"
+                f"{width} need {fewest} to {largest}"
             )
         whole = memoryview(data)
         step_N, coarse, end = self._read(whole, n_tokens, width)
-        if len(data) != end + least - 2 * n_tokens:
-            raise WireError(
-                f"codec {self.name}: {len(data)} bytes of hidden states; {n_tokens} tokens of width "
-                f"{width} need {end + least - 2 * n_tokens} with these values"
-            )
+        check_size(self.name, data, end + planes, n_tokens, width)
         return self._values(step_N, coarse, whole[end:], (n_tokens, width))
 
     def nbytes(self, n_tokens: int, width: int) -> int:
@@ -110,6 +113,11 @@ class Stepped:
     def decode_prefix(self, data: bytes | memoryview, n_tokens: int, width: int) -> NDArray[Any]:
         whole = memoryview(data)
         step_N, coarse, end = self._read(whole, n_tokens, width)
+        whole_size = end + self.planes * _plane(n_tokens * width)
+        if len(data) > whole_size:
+            raise WireError(
+                f"codec {self.name}: {len(data)} bytes, where {whole_size} are all there is"
+            )
         return self._values(step_N, coarse, whole[end:], (n_tokens, width))
 
     def _steps(
