@@ -88,8 +88,8 @@ def measure(model: MultiExitModel, batches: list[tuple[Any, Any]]) -> list[dict[
 
 def batches_of(bundle: Bundle, file: Path, limit: int | None) -> list[tuple[Any, Any]]:
     labels = {label: at for at, label in enumerate(bundle.manifest.task.labels)}
-    rows = [line.split("\t") for line in file.read_text().splitlines()[1:]]
-    rows = [(text, labels.get(label, -1)) for text, label in rows]
+    lines = [line.split("\t") for line in file.read_text().splitlines()[1:]]
+    rows = [(text, labels.get(label, -1)) for text, label in lines]
     rows = [rows[at] for at in np.random.default_rng(0).permutation(len(rows))[:limit]]
     rows.sort(key=lambda row: len(row[0]))
     encode = TextEncoder(bundle)
