@@ -1,7 +1,7 @@
 """Entropy coding by zstd: Huffman codes, its search for repeats all but switched off.
 
 Quantised hidden states hardly repeat, and what a search finds costs more than it saves: at the
-default level these bytes were 4 to 14 % larger and took five times as long. With a small table for
+default level these bytes were 8 to 16 % more and took five times as long. With a small table for
 repeats of at least seven bytes they come within about 2 % of the entropy of their values
 (docs/decisions/0006-codecs.md).
 

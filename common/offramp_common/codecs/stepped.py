@@ -15,8 +15,8 @@ Data cut after any plane decode to twice the step with each plane that is missin
 what the value may have been.
 
 The error is at most half a step. The step is `relative` of the token's root mean square rounded up
-to a bf16, but at least 1 / (127 * 2**planes) of its largest magnitude (tokens more than 6500
-channels wide may need that, others never), and doubled until `nbytes` holds, which no data tried
+to a bf16, but at least 1 / (127 * 2**planes) of its largest magnitude (which tokens of 2000
+channels or fewer never need), and doubled until `nbytes` holds, which no data tried
 has ever needed. A NaN becomes 0, magnitudes above 2**126 and infinities become 2**126. A token
 whose step would be below 2**-126 becomes zeros.
 """
