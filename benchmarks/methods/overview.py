@@ -16,6 +16,7 @@ from plots import grid, panel, sheet, spans
 
 from offramp_model.methods import METHODS
 from offramp_model.methods_cli import table as methods_table
+from offramp_train.recipes import RECIPES
 
 Sets = Mapping[str, SetNumbers]
 
@@ -71,9 +72,37 @@ def page(sets: Sets, costs: Costs, progress: str) -> str:
     ]
     for name in SETS:
         lines += [*_set(sets[name]), ""]
+    lines += [*_recipes(), ""]
     lines += [*_costs(sets, costs), "", "## How to read the numbers", ""]
     lines += [f"- {text}" for text in DEFINITIONS]
     return "\n".join(lines) + "\n"
+
+
+def _recipes() -> list[str]:
+    """All training recipes, whatever method they come from."""
+    rows = []
+    for recipe in RECIPES.values():
+        training = recipe.defaults.get("training", {})
+        brings = ", ".join(f"{key} {_plain(value)}" for key, value in training.items())
+        keys = "; ".join(f"`{s.name}` = {_plain(s.default)}: {s.meaning}" for s in recipe.settings)
+        stages = "; then ".join(stage.name for stage in recipe.stages)
+        rows.append((f"`{recipe.name}`", recipe.summary, stages, brings, keys))
+    return [
+        "## Recipes",
+        "",
+        "How exits are trained is a choice of its own: `offramp train --method pabee --recipe berxit`. A pair "
+        "that makes no sense is refused with the reason; each method's page lists which go together.",
+        "",
+        *cells.table(
+            ("recipe", "in words", "stages", "settings it brings", "keys of `[loss]`"), rows
+        ),
+    ]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_plain, value)) + ")"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def findings(numbers: SetNumbers) -> list[str]:
