@@ -91,7 +91,8 @@ def _recipes() -> list[str]:
         "## Recipes",
         "",
         "How exits are trained is a choice of its own: `offramp train --method pabee --recipe "
-        "berxit`. A pair that makes no sense is refused with the reason; each method's page lists which go together.",
+        "berxit`. A pair that makes no sense is refused with the reason; each method's page lists which "
+        "go together.",
         "",
         *cells.table(
             ("recipe", "in words", "stages", "settings it brings", "keys of `[loss]`"), rows
