@@ -124,6 +124,9 @@ class Run:
         }
         if "pooling" in METHODS[self.method].settings:
             chosen["settings"] = {"pooling": POOLING}
+        if RECIPES[METHODS[self.method].recipe].halves:
+            # An update has two batches: half as many rows in each, or there were half as many updates.
+            chosen["training"]["batch"] = TRAINING["batch"] // 2
         if self.entry not in METHODS:
             chosen["exits"] = [self.layers]
         return chosen
