@@ -28,5 +28,6 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line, as one would type it."""
-    return " ".join(["python", *sys.argv])
+    """The command line, as one would type it; of paths that say nothing elsewhere the last part."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", sys.argv[0], *words])
