@@ -1,8 +1,8 @@
 """What each codec costs in quality: a bundle cut at each layer, its hidden states coded on the way.
 
-    python benchmarks/codec_quality.py --data FOLDER/clinc150/test.tsv [--bundle DIR] [--limit N]
-        [--json FILE|-]
+    python benchmarks/codec_quality.py [--bundle DIR] [--data FOLDER] [--limit N] [--json FILE|-]
 
+On CLINC150's test split; the folder of data sets is $OFFRAMP_DATA, or ../shared/data.
 Every sentence runs all layers in torch, without exits. After layer k its hidden state is encoded
 and decoded, alone, as a device sends it; the last exit's label is compared with the true one and
 with the uncut model's. Bytes are the hidden states', as encoded.
@@ -11,6 +11,7 @@ with the uncut model's. Bytes are the hidden states', as encoded.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from offramp_common.codecs import CODECS, get_codec
 from offramp_common.text import TextEncoder
 from offramp_model.split_model import MultiExitModel
 from offramp_model.store import load_model
+from offramp_train.tables import read_rows
 
 _BATCH = 64
 _CODECS = tuple(name for name, codec in CODECS.items() if not codec.integer)
@@ -88,8 +90,8 @@ def measure(model: MultiExitModel, batches: list[tuple[Any, Any]]) -> list[dict[
 
 def batches_of(bundle: Bundle, file: Path, limit: int | None) -> list[tuple[Any, Any]]:
     labels = {label: at for at, label in enumerate(bundle.manifest.task.labels)}
-    lines = [line.split("\t") for line in file.read_text().splitlines()[1:]]
-    rows = [(text, labels.get(label, -1)) for text, label in lines]
+    read = read_rows(file)
+    rows = [(text, labels.get(y, -1)) for text, y in zip(read.texts, read.labels, strict=True)]
     rows = [rows[at] for at in np.random.default_rng(0).permutation(len(rows))[:limit]]
     rows.sort(key=lambda row: len(row[0]))
     encode = TextEncoder(bundle)
@@ -113,14 +115,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="FILE", help="TSV: text, label")
+    default = Path(os.environ.get("OFFRAMP_DATA", "../shared/data"))
+    parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--bundle", default="bundles/assistant-intents", metavar="DIR")
     parser.add_argument("--limit", type=int, metavar="N", help="rows, drawn with a fixed seed")
     parser.add_argument("--json", metavar="FILE", help="-: standard output, the table to stderr")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bundle = Bundle.read(args.bundle)
-    batches = batches_of(bundle, Path(args.data), args.limit)
+    batches = batches_of(bundle, args.data / "clinc150" / "test.tsv", args.limit)
     rows = measure(load_model(bundle).eval(), batches)
     on = report.machine(f"torch {torch.__version__}")
     print(

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
@@ -126,12 +125,12 @@ def measure(bundle: Bundle, bare: Bundle, runs: int) -> list[dict[str, Any]]:
                     call(acts)
                 ms[name].append((time.process_time() - began) / CALLS * 1e3)
         row: dict[str, Any] = {"tokens": n_tokens}
-        row["ms"] = {name: spread(values) for name, values in ms.items()}
+        row["ms"] = {name: report.spread(values) for name, values in ms.items()}
         row["faster than transformers"] = {
-            name: ratio(ms["transformers"], ms[name]) for name in PRECISIONS
+            name: report.ratio(ms["transformers"], ms[name]) for name in PRECISIONS
         }
         row["cost of all exits"] = {
-            name: ratio(ms[name], ms[f"{name} without exits"]) for name in PRECISIONS
+            name: report.ratio(ms[name], ms[f"{name} without exits"]) for name in PRECISIONS
         }
         layers = {name: OnnxLayers(bundle, name) for name in PRECISIONS}
         row["ms a segment"] = {
@@ -141,16 +140,6 @@ def measure(bundle: Bundle, bare: Bundle, runs: int) -> list[dict[str, Any]]:
         rows.append(row)
         print(f"{n_tokens} tokens done", file=sys.stderr)
     return rows
-
-
-def ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    return spread([a / b for a, b in zip(above, below, strict=True)])
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    tenths = quantiles(values, n=10)
-    named = {"median": median(values), "p10": tenths[0], "p90": tenths[-1]}
-    return {name: round(value, 4) for name, value in named.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median, quantiles
 
 
 def machine(*more: str) -> str:
@@ -25,6 +27,18 @@ def commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "not in a commit"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """median, p10 and p90 to four digits."""
+    tenths = quantiles(values, n=10)
+    named = {"median": median(values), "p10": tenths[0], "p90": tenths[-1]}
+    return {name: round(value, 4) for name, value in named.items()}
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratios within each turn."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 def command() -> str:

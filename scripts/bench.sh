@@ -13,6 +13,7 @@ for script in benchmarks/*.py; do
     report) continue ;;
     device_runtime) arguments=("$bundle") ;;
     unary_or_stream | worker_overhead) arguments=(--bundle "$bundle") ;;
+    codec_quality) arguments=(--bundle "$bundle" --limit 1000) ;;
     *) arguments=() ;;
   esac
   echo "== $name ${arguments[*]}" >&2

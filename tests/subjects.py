@@ -31,9 +31,10 @@ class Subject:
         return toy_model(self.method, n_layers=N, width=WIDTH, task=task, seed=seed)
 
 
-def inputs(rows: int, seed: int = 0) -> Activations[NumpyArray]:
+def inputs(rows: int, seed: int = 0, below: int = 20) -> Activations[NumpyArray]:
+    """Random rows of 1 to `below` - 1 tokens for toy models, at depth 0."""
     rng = np.random.default_rng(seed)
-    lengths_B = rng.integers(1, 20, rows)
+    lengths_B = rng.integers(1, below, rows)
     return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
 
 

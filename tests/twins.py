@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+import subjects
 from law import whole
 from toy_models import toy_model
 
-from offramp_common.activations import Activations, unpack
 from offramp_common.runner import Knobs
 from offramp_common.spec import TaskSpec
 from offramp_model.split_model import TorchLayers
@@ -24,10 +23,7 @@ def assert_decides_as(
     twin.load_state_dict(model.state_dict())
     assert (model.policy, model.knobs) == (twin.policy, twin.knobs)
     assert all(model.cut(depth) == twin.cut(depth) for depth in range(5))
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 30, 32)
-    ids_NF = rng.integers(0, 100, (lengths_B.sum(), 1))
-    inputs = Activations(unpack(ids_NF, lengths_B), lengths_B, 0)
+    inputs = subjects.inputs(32, below=30)
     depths: set[int] = set()
     for point in points:
         knobs: Knobs = {knob: (value,) * 4 for knob, value in point.items()}

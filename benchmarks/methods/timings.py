@@ -18,7 +18,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
@@ -113,10 +112,14 @@ def time_points(
             "knobs": chosen[name]["knobs"],
             "flops_share": chosen[name]["flops_share"],
             "mean_layers": round(depths[name], 4),
-            "ratio": _ratio(cpu[name], cpu["full model"]),
-            "wall_ratio": _ratio(wall[name], wall["full model"]),
+            "ratio": report.ratio(cpu[name], cpu["full model"]),
+            "wall_ratio": report.ratio(wall[name], wall["full model"]),
         }  # fmt: skip
-        out[name] = {**about, "cpu_ms": _spread(cpu[name]), "wall_ms": _spread(wall[name])}
+        out[name] = {
+            **about,
+            "cpu_ms": report.spread(cpu[name]),
+            "wall_ms": report.spread(wall[name]),
+        }
     return out
 
 
@@ -137,9 +140,9 @@ def time_exits(bundle: Bundle, plain: Bundle, n_tokens: int, turns: int = TURNS)
     cpu, wall = _turns(calls, turns, CALLS)
     return {
         "tokens": n_tokens,
-        "ratio": _ratio(cpu["with exits"], cpu["without"]),
-        "wall_ratio": _ratio(wall["with exits"], wall["without"]),
-        "cpu_ms": {name: _spread(values) for name, values in cpu.items()},
+        "ratio": report.ratio(cpu["with exits"], cpu["without"]),
+        "wall_ratio": report.ratio(wall["with exits"], wall["without"]),
+        "cpu_ms": {name: report.spread(values) for name, values in cpu.items()},
     }
 
 
@@ -180,13 +183,3 @@ def _turns(
             cpu[name].append((time.process_time() - cpu_began) / samples * 1e3)
             wall[name].append((time.perf_counter() - began) / samples * 1e3)
     return cpu, wall
-
-
-def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    return _spread([a / b for a, b in zip(above, below, strict=True)])
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    tenths = quantiles(values, n=10)
-    named = {"median": median(values), "p10": tenths[0], "p90": tenths[-1]}
-    return {name: round(value, 4) for name, value in named.items()}

@@ -11,6 +11,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,11 @@ class Engine:
     def _run_rows(self, acts: Activations[NumpyArray], knobs: Knobs) -> dict[str, Any]:
         """A Completion's arrays for the rows, in their order."""
         n, rows, manifest = self._layers.n_layers, acts.batch_size, self.bundle.manifest
-        seen = ExitClasses(rows, [depth for depth in manifest.exits if depth > acts.depth])
-
-        def observe(depth: int, rows: NDArray[np.int64], look: Look[Tensor]) -> None:
-            seen.add(depth, rows, look.answer.float().cpu().numpy())
-
-        tell = observe if manifest.online else None
-        left = run(self._layers, to_torch(acts, self._device), n, knobs, tell).left
+        observe = seen = None
+        if manifest.online:
+            seen = ExitClasses(rows, [depth for depth in manifest.exits if depth > acts.depth])
+            observe = partial(_tell, seen)
+        left = run(self._layers, to_torch(acts, self._device), n, knobs, observe).left
         answers = np.zeros((rows, *left[0].answer.shape[1:]), np.float32)
         depth_B, confidence_B = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
         for leaving in left:
@@ -257,7 +256,11 @@ class Engine:
             depth_B[leaving.rows] = leaving.depth
             confidence_B[leaving.rows] = leaving.confidence_B
         done = {"answers": answers, "exit_depth_B": depth_B, "confidence_B": confidence_B}
-        return done | ({"exit_classes_BE": seen.classes_BE} if manifest.online else {})
+        return done if seen is None else done | {"exit_classes_BE": seen.classes_BE}
+
+
+def _tell(seen: ExitClasses, depth: int, rows: NDArray[np.int64], look: Look[Tensor]) -> None:
+    seen.add(depth, rows, look.answer.float().cpu().numpy())
 
 
 def load_engine(

@@ -81,6 +81,21 @@ class Policy(Protocol):
         ...
 
 
+class Memoryless:
+    """What policies share that carry nothing from exit to exit."""
+
+    def state_fields(self, depth: int) -> dict[str, StateField]:
+        return {}
+
+    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def confidence_of(sure_B: Tensor) -> Tensor:
+    """`sure_B` as a Decision's confidence: within [0, 1], and 0 where it is NaN."""
+    return torch.where(sure_B.isnan(), 0.0, sure_B).clamp(0.0, 1.0)
+
+
 class ExitHead(nn.Module):
     """The exit at one depth: branch, policy and state update as one function of tensors.
 

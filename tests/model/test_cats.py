@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, cut_at, whole
 from subjects import close
 from torch import Tensor
 from toy_models import LABELS, mixed_knobs, toy_model, toy_tokenizer
 
-from offramp_common.activations import Activations, NumpyArray, unpack
+from offramp_common.activations import Activations, NumpyArray
 from offramp_common.runner import run
 from offramp_common.spec import StateField, TaskSpec
 from offramp_edge.runtime import OnnxLayers
@@ -36,9 +37,7 @@ def model(request: pytest.FixtureRequest) -> MultiExitModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 20, 64)
-    return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
+    return subjects.inputs(64)
 
 
 def head(model: MultiExitModel, depth: int) -> MetaBranch:

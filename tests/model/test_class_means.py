@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, whole
 from toy_models import LABELS, toy_bundle, toy_layers, toy_model
 
-from offramp_common.activations import Activations, NumpyArray, unpack
+from offramp_common.activations import Activations, NumpyArray
 from offramp_common.spec import TaskSpec, never_exit
 from offramp_model.exits import HeadSpec
 from offramp_model.methods.class_means import METHOD, ClassMeans, NearestMeanPolicy, distances
@@ -45,9 +46,7 @@ def model() -> MultiExitModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 30, 64)
-    return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
+    return subjects.inputs(64, below=30)
 
 
 def at(threshold: float) -> dict[str, tuple[float, ...]]:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, whole
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import LABELS, toy_bundle, toy_inputs, toy_layers, toy_model
 
-from offramp_common.activations import Activations, NumpyArray, mask_of, unpack
+from offramp_common.activations import Activations, NumpyArray, mask_of
 from offramp_common.runner import Knobs, run
 from offramp_common.spec import TaskSpec, never_exit
 from offramp_edge.runtime import OnnxLayers
@@ -36,10 +37,7 @@ def model() -> MultiExitModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 30, 48)
-    ids_NF = rng.integers(0, 100, (lengths_B.sum(), 1))
-    return Activations(unpack(ids_NF, lengths_B), lengths_B, depth=0)
+    return subjects.inputs(48, below=30)
 
 
 def at(speed: float) -> Knobs:

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, whole
 from toy_models import toy_model
 
-from offramp_common.activations import Activations, NumpyArray, mask_of, unpack
+from offramp_common.activations import Activations, NumpyArray, mask_of
 from offramp_common.runner import Knobs, run
 from offramp_common.spec import StateField, TaskSpec
 from offramp_model.methods.pabee import PatiencePolicy
@@ -37,10 +38,7 @@ def model(request: pytest.FixtureRequest) -> MultiExitModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 30, 64)
-    ids_NF = rng.integers(0, 100, (lengths_B.sum(), 1))
-    return Activations(unpack(ids_NF, lengths_B), lengths_B, depth=0)
+    return subjects.inputs(64, below=30)
 
 
 def at(model: MultiExitModel, patience: float, tolerance: float = 0.5) -> Knobs:

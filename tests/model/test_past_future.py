@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, cut_at, whole
 from torch import Tensor, nn
 from toy_models import mixed_knobs, toy_model
 
-from offramp_common.activations import Activations, NumpyArray, mask_of, unpack
+from offramp_common.activations import Activations, NumpyArray, mask_of
 from offramp_common.spec import StateField, TaskSpec
 from offramp_model.exits import HeadSpec
 from offramp_model.methods.past_future import PastFuture, PastFuturePolicy
@@ -29,10 +30,7 @@ def model() -> MultiExitModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 20, 48)
-    ids_NF = rng.integers(0, 100, (lengths_B.sum(), 1))
-    return Activations(unpack(ids_NF, lengths_B), lengths_B, depth=0)
+    return subjects.inputs(48)
 
 
 def outcome(model: MultiExitModel, inputs: Activations[NumpyArray], threshold: float) -> Outcome:

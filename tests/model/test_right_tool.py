@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, whole
 from torch import Tensor, nn
 from toy_models import mixed_knobs, toy_model, toy_tokenizer
 
-from offramp_common.activations import Activations, NumpyArray, mask_of, unpack
+from offramp_common.activations import Activations, NumpyArray, mask_of
 from offramp_common.runner import Knobs, run
 from offramp_common.spec import StateField, TaskSpec
 from offramp_edge.runtime import OnnxLayers
@@ -31,10 +32,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 20, 48)
-    ids_NF = rng.integers(0, 100, (lengths_B.sum(), 1))
-    return Activations(unpack(ids_NF, lengths_B), lengths_B, depth=0)
+    return subjects.inputs(48)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import subjects
 import torch
 from law import whole
 from toy_models import LABELS, toy_model
 from twins import assert_decides_as
 
-from offramp_common.activations import Activations, mask_of, unpack
+from offramp_common.activations import Activations, mask_of
 from offramp_common.spec import TaskSpec
 from offramp_model.methods import METHODS
 from offramp_model.split_model import TorchLayers
@@ -17,9 +18,7 @@ N = 4
 
 
 def _inputs() -> Activations[np.ndarray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 30, 32)
-    return Activations(unpack(rng.integers(0, 100, (lengths_B.sum(), 1)), lengths_B), lengths_B, 0)
+    return subjects.inputs(32, below=30)
 
 
 @torch.inference_mode()

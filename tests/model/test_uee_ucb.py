@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
+import subjects
 import torch
 from law import Outcome, whole
 from toy_models import toy_model
 
-from offramp_common.activations import Activations, NumpyArray, unpack
+from offramp_common.activations import Activations, NumpyArray
 from offramp_common.runner import Knobs, run
 from offramp_common.spec import StateField, never_exit
 from offramp_model.exits import Decision
@@ -31,10 +32,7 @@ def model() -> MultiExitModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> Activations[NumpyArray]:
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, 30, 32)
-    ids_NF = rng.integers(0, 100, (lengths_B.sum(), 1))
-    return Activations(unpack(ids_NF, lengths_B), lengths_B, depth=0)
+    return subjects.inputs(32, below=30)
 
 
 def at(stop: float) -> Knobs:

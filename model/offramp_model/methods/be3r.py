@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Decision, HeadSpec, PooledClassifier, State
+from offramp_common.spec import KnobSpec
+from offramp_model.exits import Decision, HeadSpec, Memoryless, PooledClassifier, State
 from offramp_model.methods.method import Method, Paper
 
 _ROUTER_WIDTH = 128
@@ -49,14 +49,8 @@ class RoutedExpert(PooledClassifier):
 
 
 @dataclass(frozen=True)
-class RouterPolicy:
+class RouterPolicy(Memoryless):
     """Leave where the router's chance reaches the knob `threshold`. The last exit has no router."""
-
-    def state_fields(self, depth: int) -> dict[str, StateField]:
-        return {}
-
-    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def decide(
         self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int

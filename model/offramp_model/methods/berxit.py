@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Decision, HeadSpec, Policy, PooledClassifier, State
+from offramp_common.spec import KnobSpec
+from offramp_model.exits import Decision, HeadSpec, Memoryless, Policy, PooledClassifier, State
 from offramp_model.methods import deebert
 from offramp_model.methods.method import Method, Paper
 
@@ -51,14 +51,8 @@ class JudgedClassifier(PooledClassifier):
 
 
 @dataclass(frozen=True)
-class LearnedPolicy:
+class LearnedPolicy(Memoryless):
     """Leave where "wrong" is below the knob `theta`."""
-
-    def state_fields(self, depth: int) -> dict[str, StateField]:
-        return {}
-
-    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def decide(
         self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int

@@ -29,8 +29,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Branch, Decision, HeadSpec, PooledClassifier, State, pool
+from offramp_common.spec import KnobSpec
+from offramp_model.exits import (
+    Branch,
+    Decision,
+    HeadSpec,
+    Memoryless,
+    PooledClassifier,
+    State,
+    confidence_of,
+    pool,
+)
 from offramp_model.methods.method import Method, Paper
 
 
@@ -73,14 +82,8 @@ def distances(feature_BD: Tensor, means_CD: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NearestMeanPolicy:
+class NearestMeanPolicy(Memoryless):
     """Leave where the largest probability is above the knob `threshold`."""
-
-    def state_fields(self, depth: int) -> dict[str, StateField]:
-        return {}
-
-    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def decide(
         self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int
@@ -88,7 +91,7 @@ class NearestMeanPolicy:
         logits_BC = outputs["logits"]
         largest_B = torch.softmax(logits_BC, dim=-1).amax(dim=-1)
         # NaN compares false, so such a row stays.
-        confidence_B = torch.where(largest_B.isnan(), 0.0, largest_B).clamp(0.0, 1.0)
+        confidence_B = confidence_of(largest_B)
         return Decision(largest_B > knobs["threshold"], logits_BC, confidence_B, {})
 
 

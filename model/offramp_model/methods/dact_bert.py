@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Branch, Decision, HeadSpec, State, pool
+from offramp_model.exits import Branch, Decision, HeadSpec, State, confidence_of, pool
 from offramp_model.methods.method import Method, Paper
 
 _START_BIAS = 2.0
@@ -100,7 +100,7 @@ class MixturePolicy:
         else:
             leave_B, sure_B = self._settled(a_BC, p_B, knobs["slack"], left)
             answer_BC = torch.log(a_BC + _LEAST_SHARE)
-        confidence_B = torch.where(sure_B.isnan(), 0.0, sure_B).clamp(0.0, 1.0)
+        confidence_B = confidence_of(sure_B)
         return Decision(leave_B, answer_BC, confidence_B, {"a": a_BC, "p": p_B})
 
     def _settled(

@@ -27,8 +27,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Decision, HeadSpec, PooledClassifier, State
+from offramp_common.spec import KnobSpec
+from offramp_model.exits import (
+    Decision,
+    HeadSpec,
+    Memoryless,
+    PooledClassifier,
+    State,
+    confidence_of,
+)
 from offramp_model.methods.method import Method, Paper
 
 _LEAST_LOG_P = -1e4
@@ -45,16 +52,10 @@ def entropy(logits_BC: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class EntropyPolicy:
+class EntropyPolicy(Memoryless):
     """Leave where the entropy is below the knob `threshold`."""
 
     n_classes: int
-
-    def state_fields(self, depth: int) -> dict[str, StateField]:
-        return {}
-
-    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def decide(
         self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int
@@ -62,8 +63,7 @@ class EntropyPolicy:
         logits_BC = outputs["logits"]
         entropy_B = entropy(logits_BC)
         # A NaN entropy compares false: such a row never leaves early.
-        confidence_B = 1.0 - entropy_B / math.log(self.n_classes)
-        confidence_B = torch.where(confidence_B.isnan(), 0.0, confidence_B).clamp(0.0, 1.0)
+        confidence_B = confidence_of(1.0 - entropy_B / math.log(self.n_classes))
         return Decision(entropy_B < knobs["threshold"], logits_BC, confidence_B, {})
 
 

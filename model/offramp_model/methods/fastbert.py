@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Branch, Decision, HeadSpec, State, pool
+from offramp_common.spec import KnobSpec
+from offramp_model.exits import Branch, Decision, HeadSpec, Memoryless, State, pool
 from offramp_model.methods.deebert import entropy
 from offramp_model.methods.method import Method, Paper
 
@@ -86,14 +86,8 @@ class StudentClassifier(Branch):
 
 
 @dataclass(frozen=True)
-class SpeedPolicy:
+class SpeedPolicy(Memoryless):
     """Leave where the normalised entropy is at most the knob `speed`."""
-
-    def state_fields(self, depth: int) -> dict[str, StateField]:
-        return {}
-
-    def start(self, mask_BT: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def decide(
         self, outputs: State, state: State, knobs: Mapping[str, Tensor], depth: int

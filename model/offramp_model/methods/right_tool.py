@@ -30,7 +30,15 @@ import torch
 from torch import Tensor, nn
 
 from offramp_common.spec import KnobSpec, StateField
-from offramp_model.exits import Branch, Decision, HeadSpec, State, nobody_leaves, pool
+from offramp_model.exits import (
+    Branch,
+    Decision,
+    HeadSpec,
+    State,
+    confidence_of,
+    nobody_leaves,
+    pool,
+)
 from offramp_model.methods.method import Method, Paper
 
 
@@ -115,7 +123,7 @@ class CalibratedPolicy:
             return nobody_leaves(self.n_classes, new)
         largest_B = torch.softmax(outputs["logits"], dim=-1).amax(dim=-1)
         # A NaN compares false: such a row never leaves early.
-        confidence_B = torch.where(largest_B.isnan(), 0.0, largest_B).clamp(0.0, 1.0)
+        confidence_B = confidence_of(largest_B)
         return Decision(largest_B >= knobs["threshold"], outputs["logits"], confidence_B, new)
 
 
