@@ -24,6 +24,7 @@ from offramp_common.wire import offload_pb2_grpc as pb_grpc
 
 pytestmark = pytest.mark.ray
 Status = grpc.StatusCode
+_STUCK_S = 3.0  # six of these requests together take a tenth of a second
 
 
 @pytest.fixture
@@ -81,10 +82,12 @@ async def test_a_replica_killed_under_its_requests_costs_none_of_them(
     # Worked out once: callers that stop to calculate leave both replicas idle when one is killed.
     expected = world.local(acts)
     outcomes: Counter[Any] = Counter()
+    asked_s: dict[int, float] = {}  # by caller, when its request under way was sent
     enough = asyncio.Event()
 
-    async def caller() -> None:
+    async def caller(number: int) -> None:
         while not enough.is_set():
+            asked_s[number] = time.monotonic()
             try:
                 reply = await stub.Complete(work, timeout=30)
                 assert_same(completion_from_pb(reply), expected, exactly=False)
@@ -93,14 +96,22 @@ async def test_a_replica_killed_under_its_requests_costs_none_of_them(
                 outcomes[error.code()] += 1
 
     before = await asyncio.to_thread(replicas, ray_cloud)
-    callers = [asyncio.create_task(caller()) for _ in range(6)]
+    callers = [asyncio.create_task(caller(number)) for number in range(6)]
     await asyncio.to_thread(wait_until, lambda: outcomes.total() > 6, 60)
-    # Stopped first, so that requests surely wait there when it dies; all callers may come to.
-    os.kill(min(before), signal.SIGSTOP)
-    started, limit_s = outcomes.total(), time.monotonic() + 2
-    await asyncio.to_thread(
-        wait_until, lambda: outcomes.total() > started + 12 or time.monotonic() > limit_s, 60
-    )
+
+    def stopped_at_work() -> bool:
+        """Whether a request from before is still under way long after: it waits in the stopped replica."""
+        os.kill(min(before), signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        while min(asked_s.values()) < stopped_s:
+            if time.monotonic() - stopped_s > _STUCK_S:
+                return True
+            time.sleep(0.01)
+        os.kill(min(before), signal.SIGCONT)
+        return False
+
+    # Stopped first, and killed once requests surely wait there: one that is idle may get none.
+    await asyncio.to_thread(wait_until, stopped_at_work, 60)
     os.kill(min(before), signal.SIGKILL)
     started = outcomes.total()
     await asyncio.to_thread(wait_until, lambda: outcomes.total() > started + 12, 60)
