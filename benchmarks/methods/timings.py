@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime
 import report
 from comparison import FULL, RESULTS, Run
+from head_profile import head_profile
 from kept import kept, test_rows, with_graphs
 
 from offramp_common.activations import Activations, NumpyArray
@@ -72,6 +73,7 @@ def time_method(run: Run, work: Path, data: Path, rows: int = ROWS, rounds: int 
         "runtime": "onnxruntime fp32, one thread, one sample at a time",
         "points": time_points(bundle, plain, texts[:rows], chosen, rounds),
         "exit_cost": [time_exits(bundle, plain, n_tokens) for n_tokens in TOKENS],
+        "heads": head_profile(bundle, plain, TOKENS[0]),
         "bar": BAR,
     }
     TIMED.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,21 @@ class OnnxLayers:
     def _session(self, index: int) -> Any:
         import onnxruntime
 
+        file = self._files[index]
+        try:
+            return onnxruntime.InferenceSession(
+                file.read_bytes(), self._options(index), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the runtime's errors have no base class of their own
+            raise BundleError(
+                f"{file}: cannot be loaded ({error}); `offramp bundle verify` says what differs: "
+                "copy the whole directory again"
+            ) from error
+
+    def _options(self, index: int) -> Any:
+        """ONNX Runtime's, of one layer's session."""
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -122,16 +137,7 @@ class OnnxLayers:
             "session.model_external_initializers_file_folder_path": str(self.bundle.path.resolve()),
         }.items():
             options.add_session_config_entry(name, value)
-        file = self._files[index]
-        try:
-            return onnxruntime.InferenceSession(
-                file.read_bytes(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's errors have no base class of their own
-            raise BundleError(
-                f"{file}: cannot be loaded ({error}); `offramp bundle verify` says what differs: "
-                "copy the whole directory again"
-            ) from error
+        return options
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,7 +251,26 @@ def _attention(
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
+def _any(x: Any, dim: int, keepdim: bool = False) -> Any:
+    """Truth values reduced as such; the exporter's own makes numbers of them and back."""
+    axes: Any = op.Constant(value_ints=[dim])
+    return op.ReduceMax(x, axes, keepdims=int(keepdim))
+
+
+def _all(x: Any, dim: int, keepdim: bool = False) -> Any:
+    axes: Any = op.Constant(value_ints=[dim])
+    return op.ReduceMin(x, axes, keepdims=int(keepdim))
+
+
+def _isfinite(x: Any) -> Any:
+    """0 times infinity is NaN, as 0 times NaN is: two operators where the exporter has five."""
+    return op.Equal(op.Mul(x, 0.0), 0.0)
+
+
 _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: _linear_placeholder(),
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.any.dim: _any,
+    torch.ops.aten.all.dim: _all,
+    torch.ops.aten.isfinite.default: _isfinite,
 }

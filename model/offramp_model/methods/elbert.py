@@ -91,9 +91,9 @@ class WindowPolicy:
         logits_BC, delta = outputs["logits"], knobs["delta"]
         unsure_B = entropy(logits_BC) / math.log(self.n_classes)
         p_BC = logits_BC.softmax(dim=-1)
-        top_B, class_B = p_BC.amax(dim=-1), logits_BC.argmax(dim=-1)
-        others_BC = torch.arange(self.n_classes, device=class_B.device) != class_B.unsqueeze(-1)
-        second_B = torch.where(others_BC, p_BC, 0.0).amax(dim=-1)
+        top2 = torch.topk(p_BC, 2, dim=-1)
+        top_B, second_B = top2.values.unbind(dim=-1)
+        class_B = top2.indices[:, 0]
         # A NaN compares false: no side, and not sure.
         side_B = torch.where(top_B - second_B > 2 * self.margin, class_B, _NO_SIDE)
         if self.size == 1:

@@ -82,7 +82,7 @@ class VotePolicy:
         leave_B = (most_B / seen**self.exponent >= knobs["tau"]) & sound_B1[:, 0]
         weight_BC = votes_BC if self.soft else votes_BC + _TIE_BREAK * p_BC
         share_BC = weight_BC / weight_BC.sum(dim=-1, keepdim=True).clamp(min=_LEAST_SHARE)
-        kept_BC = votes_BC if self.soft else votes_BC.to(torch.int32).to(torch.uint8)
+        kept_BC = votes_BC if self.soft else votes_BC.to(torch.uint8)
         confidence_B = (most_B / len(self.exits)).clamp(0.0, 1.0)
         answer_BC = share_BC.clamp(min=_LEAST_SHARE).log()
         return Decision(leave_B, answer_BC, confidence_B, {"votes": kept_BC})

@@ -13,7 +13,8 @@ Differs from the paper:
 3. Patience and tau may be given for each exit: a row leaves where its count has reached that exit's
    patience. With one value for all this is the paper's rule. Where exits stand after some layers
    only, it is exits that are counted.
-4. A row with a NaN among its logits predicts no class and agrees with nothing; counts stop at 255.
+4. A row with a NaN among its logits predicts no class and agrees with nothing; counts stop at the number
+   of layers, and at 255.
 5. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 6. Confidence is the count as a share of all layers, for the planner (no exit depends on it); the
    paper has none.
@@ -76,19 +77,16 @@ class PatiencePolicy:
         else:
             # A row with a NaN predicts no class, so it cannot agree its way out.
             broken_B = logits_BC.isnan().any(dim=-1)
-            prediction_B = torch.where(broken_B, _NO_CLASS, logits_BC.argmax(dim=-1)).to(
-                torch.int16
-            )
-            agree_B = (
-                prediction_B.to(torch.int32) == state["previous"].to(torch.int32)
-            ) & ~broken_B
-        count_B = torch.where(
-            agree_B, (state["count"].to(torch.int32) + 1).clamp(max=_MAX_COUNT), 0
-        )
-        leave_B = count_B.to(torch.float32) >= knobs["patience"]
-        confidence_B = count_B.to(torch.float32) / self.n_layers
+            prediction_B = torch.where(broken_B, _NO_CLASS, logits_BC.argmax(dim=-1))
+            agree_B = (prediction_B == state["previous"].to(prediction_B.dtype)) & ~broken_B
+            prediction_B = prediction_B.to(torch.int16)
+        # No more exits than layers can agree: whatever a frame claims, the confidence stays below 1.
+        most = min(self.n_layers, _MAX_COUNT)
+        longer_B = (state["count"].to(torch.float32) + 1).clamp(max=most)
+        count_B = torch.where(agree_B, longer_B, 0.0)
+        leave_B = count_B >= knobs["patience"]
         state = {"count": count_B.to(torch.uint8), "previous": prediction_B}
-        return Decision(leave_B, logits_BC, confidence_B.clamp(0.0, 1.0), state)
+        return Decision(leave_B, logits_BC, count_B / self.n_layers, state)
 
 
 def _branches(spec: HeadSpec) -> nn.ModuleDict:
