@@ -9,85 +9,91 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ipaddress
 import json
-import os
 import signal
 import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offramp_common.errors import ConfigError
-from offramp_simulate.links import DEFAULT_PROFILE, PROFILES, LinkProfile
-from offramp_simulate.traces import load_trace
+from offramp_simulate.faults import FAULT_HELP, Fault, load_faults, parse_fault
+from offramp_simulate.link_control import COMMAND_HELP, SteeredLink, print_line, take_commands
+from offramp_simulate.link_shape import add_shape, describe, profile_of
+from offramp_simulate.links import LinkProfile
 
-if TYPE_CHECKING:
-    from offramp_simulate.link_emulator import LinkEmulator
+_EPILOG = f"""\
+commands on standard input (with --control-stdin), one a line, each answered by one line of JSON that
+repeats it as "command" and has the counters, or "error":
+{COMMAND_HELP}
+faults, as KEY=VALUE with commas or blanks between; each has at= and for= (seconds; without for=
+until healed) and, but for cut and reset, direction=up|down|both:
+{FAULT_HELP}
 
-_COMMANDS = "stats, cut, cut silent, restore, quit"
+  offramp link --to HOST:PORT --fault at=5,for=3,kind=blackhole --fault at=10,kind=delay,ms=200,direction=down
+
+--layer3 makes two namespaces and says their names and addresses, and what to put before a command so
+that it runs at an end: `ip netns exec NAME COMMAND ...`. TCP is the kernel's, loss is real, rates count
+IP packets. Both namespaces go when the link ends; after a kill -9, `offramp link --clean`. A black hole
+drops packets, a cut takes the device's interface down, resets are the TCP proxy's alone.
+"""
 
 
 def add_link_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare `link` and its options; the parsed arguments carry `run`."""
     parser = subparsers.add_parser(
         "link",
-        help="a slow link on this machine: a TCP proxy with the rate, delay and queue of a network",
+        help="a slow link on this machine, with the rate, delay, queue and faults of a network",
         description=(
-            "Pass connections on to another address as if over a slow link. All connections "
-            "share its rate. Loss and TCP's slow start are not emulated."
+            "Pass connections on to another address as if over a slow link (--to). All connections "
+            "share its rate; loss is a model and TCP's slow start is not emulated. Or, as root, "
+            "carry IP packets between two network namespaces (--layer3)."
         ),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--listen",
         type=_address,
-        default=("127.0.0.1", 0),
         metavar="HOST:PORT",
-        help="where to accept (default: 127.0.0.1, any free port)",
+        help="with --to: where to accept (default: 127.0.0.1, any free port)",
     )
-    parser.add_argument("--to", type=_address, required=True, metavar="HOST:PORT", help="target")
-    _add_shape(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", type=_address, metavar="HOST:PORT", help="pass connections on to it")
+    what.add_argument(
+        "--layer3",
+        action="store_true",
+        help="instead a link for IP packets between two network namespaces (below; needs root)",
+    )
+    what.add_argument(
+        "--clean",
+        action="store_true",
+        help="only take away namespaces that killed links have left (needs root)",
+    )
+    add_shape(parser)
+    _add_control(parser)
+    parser.set_defaults(run=run_link)
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    """Faults, commands and what is written at the end."""
     parser.add_argument(
         "--stats", metavar="FILE", help="write the counters as JSON at the end; -: standard output"
     )
     parser.add_argument(
         "--control-stdin",
         action="store_true",
-        help=f"take commands as lines on standard input ({_COMMANDS}); its end means quit",
-    )
-    parser.set_defaults(run=run_link)
-
-
-def _add_shape(parser: argparse.ArgumentParser) -> None:
-    """A profile, or a trace and what it leaves open."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--profile",
-        choices=list(PROFILES),
-        default=DEFAULT_PROFILE,
-        help="a class of link (round figures; default: %(default)s)",
-    )
-    which.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="rates over time, JSON lines; used as the uplink, over and over",
-    )
-    parser.add_argument("--trace-name", metavar="NAME", help="which trace of the file (the first)")
-    parser.add_argument(
-        "--downlink-factor",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="with --trace: the downlink is the trace times X (default: %(default)s)",
+        help="take commands as lines on standard input (below); its end means quit",
     )
     parser.add_argument(
-        "--rtt-ms",
-        type=float,
-        metavar="MS",
-        help=f"with --trace: round trip (default: that of {DEFAULT_PROFILE})",
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="a fault (below), counted from the start of the link; may be repeated",
+    )
+    parser.add_argument(
+        "--faults", type=Path, metavar="FILE", help="a timetable of faults: TOML [[fault]], or JSON"
     )
 
 
@@ -96,87 +102,91 @@ def run_link(args: argparse.Namespace) -> int:
 
     ConfigError when the arguments do not fit together, or a file or the address is no good.
     """
-    from offramp_simulate.live_link import precise_loop
+    if args.clean:
+        return _clean()
+    from offramp_simulate.live_link import keep_time, precise_loop
 
-    profile = _profile(args)
+    profile = profile_of(args)
+    faults = [*map(parse_fault, args.fault), *(load_faults(args.faults) if args.faults else ())]
     if args.stats and args.stats != "-":
         _write(args.stats, "")  # now, rather than after an hour's measurement
+    keep_time()
+    serve = _serve_packets if args.layer3 else _serve_connections
     with asyncio.Runner(loop_factory=precise_loop) as runner:
-        runner.run(_serve(args, profile))
+        runner.run(serve(args, profile, faults))
     return 0
 
 
-def _profile(args: argparse.Namespace) -> LinkProfile:
-    if args.trace is None:
-        if args.trace_name or args.rtt_ms is not None or args.downlink_factor != 1.0:
-            raise ConfigError("--trace-name, --rtt-ms and --downlink-factor need --trace FILE")
-        return PROFILES[args.profile]
-    rtt_ms = PROFILES[DEFAULT_PROFILE].rtt_ms if args.rtt_ms is None else args.rtt_ms
-    return LinkProfile.from_trace(
-        load_trace(args.trace, args.trace_name),
-        rtt_ms=rtt_ms,
-        downlink_factor=args.downlink_factor,
-    )
+def _clean() -> int:
+    from offramp_simulate.netns import remove_stale
+
+    removed = remove_stale()
+    print(f"offramp link: removed {', '.join(removed) or 'nothing'}", file=sys.stderr)
+    print_line({"removed": removed})
+    return 0
 
 
-async def _serve(args: argparse.Namespace, profile: LinkProfile) -> None:
+async def _serve_connections(
+    args: argparse.Namespace, profile: LinkProfile, faults: list[Fault]
+) -> None:
     from offramp_simulate.link_emulator import LinkEmulator
 
-    if not _is_loopback(args.listen[0]):
+    listen = args.listen or ("127.0.0.1", 0)
+    if not _is_loopback(listen[0]):
         print(
-            f"offramp link: warning: {args.listen[0]} is reachable from outside this machine, and "
+            f"offramp link: warning: {listen[0]} is reachable from outside this machine, and "
             f"whoever reaches it is passed on to {_text(args.to)}: 127.0.0.1 is not",
             file=sys.stderr,
         )
+    stop = _stop_on_signals()
+    async with LinkEmulator(profile, args.to, listen, faults) as link:
+        print_line({"listening": _text(link.address)})
+        print(f"offramp link: {describe(profile)}, to {_text(args.to)}", file=sys.stderr)
+        await _until_told(args, link, stop)
+
+
+async def _serve_packets(
+    args: argparse.Namespace, profile: LinkProfile, faults: list[Fault]
+) -> None:
+    from offramp_simulate.packet_link import PacketLink
+
+    if args.listen:
+        raise ConfigError("--listen needs --to: a layer-3 link has addresses of its own")
+    stop = _stop_on_signals()
+    async with PacketLink(profile, faults) as link:
+        ends = {"device": link.device, "cloud": link.cloud}
+        print_line(
+            {
+                name: {"namespace": end.namespace, "address": end.address, "enter": end.enter}
+                for name, end in ends.items()
+            }
+        )
+        print(f"offramp link: {describe(profile)}, between", file=sys.stderr)
+        for name, end in ends.items():
+            print(f"  {name:<6} {end.address}: {' '.join(end.enter)} COMMAND", file=sys.stderr)
+        await _until_told(args, link, stop)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set by a signal that ends a link; to be had before the link says that it is there."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    async with LinkEmulator(profile, args.to, args.listen) as emulator:
-        _print_line({"listening": _text(emulator.address)})
-        print(f"offramp link: {_describe(profile)}, to {_text(args.to)}", file=sys.stderr)
-        if args.control_stdin:
-            _take_commands(emulator, stop)
-        await stop.wait()
-        if args.stats:
-            stats = asdict(emulator.stats())
-            if args.stats == "-":
-                _print_line(stats)
-            else:
-                _write(args.stats, json.dumps(stats) + "\n")
+    return stop
 
 
-def _take_commands(emulator: LinkEmulator, stop: asyncio.Event) -> None:
-    """Answer each line of standard input in the event loop; its end stops the emulator."""
-    loop = asyncio.get_running_loop()
-
-    def answer(line: str) -> None:
-        command = " ".join(line.split())
-        if command == "quit":
-            stop.set()
-        elif command in ("cut", "cut silent"):
-            emulator.cut(silent=command == "cut silent")
-        elif command == "restore":
-            emulator.restore()
-        elif command != "stats":
-            _print_line({"command": command, "error": f"unknown command: one of {_COMMANDS}"})
-            return
-        _print_line({"command": command} | asdict(emulator.stats()))
-
-    def read() -> None:
-        # Any kind of standard input, a file too, hence a thread. Not sys.stdin: its lock, held by a
-        # thread that waits, would keep the process from ending.
-        rest = b""
-        with contextlib.suppress(RuntimeError, OSError):  # the loop has ended, or there is no input
-            while data := os.read(0, 4096):
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    loop.call_soon_threadsafe(answer, line.decode(errors="replace"))
-            if rest:
-                loop.call_soon_threadsafe(answer, rest.decode(errors="replace"))
-            loop.call_soon_threadsafe(stop.set)
-
-    threading.Thread(target=read, name="link commands", daemon=True).start()
+async def _until_told(args: argparse.Namespace, link: SteeredLink, stop: asyncio.Event) -> None:
+    """Until a signal or a command ends it; then its counters, if they are asked for."""
+    if args.control_stdin:
+        take_commands(link, stop)
+    await stop.wait()
+    if args.stats:
+        stats = asdict(link.stats())
+        if args.stats == "-":
+            print_line(stats)
+        else:
+            _write(args.stats, json.dumps(stats) + "\n")
 
 
 def _write(where: str, text: str) -> None:
@@ -184,10 +194,6 @@ def _write(where: str, text: str) -> None:
         Path(where).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--stats {where}: cannot write: {error}") from error
-
-
-def _print_line(answer: dict[str, object]) -> None:
-    print(json.dumps(answer), flush=True)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -209,11 +215,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _describe(profile: LinkProfile) -> str:
-    kind = f"trace {profile.name}, on average" if profile.trace else profile.name
-    return (
-        f"{kind} {profile.uplink_mbps:g} up / {profile.downlink_mbps:g} down Mbit/s, "
-        f"round trip {profile.rtt_ms:g} ms"
-    )

@@ -6,13 +6,16 @@ directions. All connections share each direction's rate and queue: one emulator 
 Emulated: the rate at which bytes leave, in turns of a chunk for each connection that has data; a
 bounded queue, and back-pressure when it is full (the emulator stops reading, so the sender's
 buffers fill); the delay; a round trip for a new connection before its first byte, since no SYN goes
-through a proxy; a trace of rates; a cut and a dead radio.
+through a proxy; a trace of rates; faults (`faults`), by a timetable or on command. Loss is a model:
+bytes of a lost segment, and what is behind them on their connection, come as late as TCP would have
+them (`loss`).
 
-Not emulated: loss, and with it TCP's reaction: no slow start, no retransmission and no back-off
-after an outage; the time that headers and bare ACKs take (an estimate of their bytes is reported
-apart). A connection succeeds locally at once even where the target will refuse it: it is then
-closed. Timers wake late, each way, by up to a millisecond in asyncio's usual event loop and less in
-`live_link.precise_loop`: delays are that much longer, rates are not affected.
+Not emulated: TCP's pace: no slow start, no slowing down after a loss and no back-off after an
+outage; the time that headers and bare ACKs take (an estimate of their bytes is reported apart). A
+connection succeeds locally at once even where the target will refuse it: it is then closed. Timers
+wake late, each way, by up to a millisecond in asyncio's usual event loop and less in
+`live_link.precise_loop`: delays are that much longer, rates are not affected. For all of TCP there
+is the layer-3 link (`layer3`), which needs root.
 """
 
 from __future__ import annotations
@@ -20,15 +23,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import struct
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from offramp_common.errors import ConfigError
+from offramp_simulate.faults import Conditions, Fault
 from offramp_simulate.links import LinkProfile
-from offramp_simulate.live_link import LinkClock, LinkStats, Way
+from offramp_simulate.live_faults import LiveFaults
+from offramp_simulate.live_link import LinkStats, Way
+from offramp_simulate.live_stream import Stream
+from offramp_simulate.loss import SYN_TIMEOUT_S
 
 _log = logging.getLogger(__name__)
 
@@ -39,16 +48,23 @@ class LinkEmulator:
     """One link in front of `target`; use it with `async with`, or `start` and `close`.
 
     `listen` is the address to accept on, port 0 for any free one; `address` is then the one it got.
-    ConfigError from `start` when it cannot be bound.
+    `faults` is a timetable from the start on; more can be given by `inject`. ConfigError for a
+    fault that this link cannot have, and from `start` when the address cannot be bound.
     """
 
     def __init__(
-        self, profile: LinkProfile, target: Address, listen: Address = ("127.0.0.1", 0)
+        self,
+        profile: LinkProfile,
+        target: Address,
+        listen: Address = ("127.0.0.1", 0),
+        faults: Sequence[Fault] = (),
     ) -> None:
         self.profile = profile
         self.target = target
+        self._timetable = tuple(faults)
+        for fault in faults:
+            self._check(fault)
         self._listen = listen
-        self._state = "up"
         self._connections: set[asyncio.Task[None]] = set()
         self._n_accepted = 0
         self._accepting: asyncio.Task[None] | None = None
@@ -63,9 +79,11 @@ class LinkEmulator:
             ) from error
         self._listener.setblocking(False)
         self.address: Address = self._listener.getsockname()[:2]
-        self._clock = LinkClock()
-        self._up = Way(self.profile, "up", self._clock)
-        self._down = Way(self.profile, "down", self._clock)
+        self._up = Way(self.profile, "up")
+        self._down = Way(self.profile, "down")
+        self._faults = LiveFaults(self._faults_changed, self._drop_all)
+        for fault in self._timetable:
+            self._faults.inject(fault)
         self._accepting = asyncio.create_task(self._accept())
 
     async def close(self) -> None:
@@ -73,8 +91,10 @@ class LinkEmulator:
         if self._accepting is None:
             return
         self._accepting.cancel()
+        self._faults.close()
         self._drop_all()
-        self._clock.go_on()  # or what waits on a silent link would wait for ever
+        for way in (self._up, self._down):
+            way.apply(Conditions())  # or what waits on a silent link would wait for ever
         await asyncio.gather(self._accepting, *self._connections, return_exceptions=True)
         self._listener.close()
 
@@ -90,6 +110,24 @@ class LinkEmulator:
     ) -> None:
         await self.close()
 
+    def inject(self, fault: Fault) -> int:
+        """Let a fault begin, now or `fault.at_s` seconds from now; returns its number for `heal`.
+
+        ConfigError where the link has no bandwidth limit that a factor could apply to.
+        """
+        self._check(fault)
+        return self._faults.inject(fault)
+
+    def _check(self, fault: Fault) -> None:
+        if fault.factor is not None and math.isinf(self.profile.uplink_mbps):
+            raise ConfigError(
+                f"fault rate: link {self.profile.name} has no limit to multiply: give mbps"
+            )
+
+    def heal(self, number: int | None = None) -> None:
+        """End the fault of this number (ConfigError when there was none), or all that are active."""
+        self._faults.heal(number)
+
     def cut(self, *, silent: bool = False) -> None:
         """Break the link until `restore`.
 
@@ -99,35 +137,40 @@ class LinkEmulator:
         succeeds locally and then waits. A silent link's time stands still, its trace's too: what
         was under way comes out after `restore`, without TCP's back-off.
         """
-        if silent:
-            self._state = "silent"
-            self._clock.stop()
-            return
-        self._state = "cut"
-        self._drop_all()
-        self._up.shaper.flush()
-        self._down.shaper.flush()
-        self._clock.go_on()
+        self.inject(Fault("blackhole" if silent else "cut"))
 
     def restore(self) -> None:
-        """Undo `cut`."""
-        self._state = "up"
-        self._clock.go_on()
+        """End all faults that are active, a `cut` among them; what a timetable has yet to come stays."""
+        self.heal()
 
     def stats(self) -> LinkStats:
         """A snapshot; subtract two with `LinkStats.since`."""
-        now_s = self._clock.now_s()
+        up, down = self._up, self._down
         return LinkStats(
-            state=self._state,
-            bytes_up=self._up.arrived_nbytes,
-            bytes_down=self._down.arrived_nbytes,
-            header_bytes_up=self._up.header_nbytes,
-            header_bytes_down=self._down.header_nbytes,
-            queued_bytes_up=self._up.shaper.queued_nbytes(now_s),
-            queued_bytes_down=self._down.shaper.queued_nbytes(now_s),
+            state=self._faults.state,
+            faults=self._faults.named(),
+            time_s=up.clock.now_s(),
+            bytes_up=up.arrived_nbytes,
+            bytes_down=down.arrived_nbytes,
+            header_bytes_up=up.header_nbytes,
+            header_bytes_down=down.header_nbytes,
+            queued_bytes_up=up.queued_nbytes(),
+            queued_bytes_down=down.queued_nbytes(),
+            lost_segments_up=up.live.lost_packets,
+            lost_segments_down=down.live.lost_packets,
+            corrupted_bytes_up=up.live.corrupted_nbytes,
+            corrupted_bytes_down=down.live.corrupted_nbytes,
             connections=self._n_accepted,
             open_connections=len(self._connections),
         )
+
+    def _faults_changed(self) -> None:
+        if self._faults.state == "cut":
+            self._drop_all()
+            self._up.live.shaper.flush()
+            self._down.live.shaper.flush()
+        self._up.apply(self._faults.conditions("up"))
+        self._down.apply(self._faults.conditions("down"))
 
     def _drop_all(self) -> None:
         for task in self._connections:
@@ -144,7 +187,7 @@ class LinkEmulator:
                 continue
             _prepare(client)
             self._n_accepted += 1
-            if self._state == "cut":
+            if self._faults.state == "cut":
                 _close(client, reset=True)
                 continue
             task = asyncio.create_task(self._serve(client))
@@ -160,10 +203,12 @@ class LinkEmulator:
         clean, target = False, None
         try:
             await self._cross(self._up)  # SYN
+            losses, _ = self._up.live.losses(1)
+            await asyncio.sleep(SYN_TIMEOUT_S * (2**losses - 1))
             target = await _connect(self.target)
             await self._cross(self._down)  # SYN and ACK: from here on the client may send
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._carry(client, target, self._up))
+                both.create_task(Stream(client, target, self._up).carry())
                 both.create_task(self._carry_back(target, client))
             clean = True
         except* OSError as broken:
@@ -176,41 +221,11 @@ class LinkEmulator:
 
     async def _cross(self, way: Way) -> None:
         """A packet without payload crosses the link."""
-        await self._clock.sleep_until(way.shaper.send(0, self._clock.now_s()).arrives_s)
+        await way.pass_at(way.send(0))
 
     async def _carry_back(self, target: socket.socket, client: socket.socket) -> None:
         await self._cross(self._up)  # the ACK without which the target would not know its caller
-        await self._carry(target, client, self._down)
-
-    async def _carry(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
-        """Everything that `source` sends, its end included, to `sink`."""
-        chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(way.pending_chunks(self.profile))
-        async with asyncio.TaskGroup() as ends:
-            ends.create_task(self._read(source, way, chunks))
-            ends.create_task(self._deliver(sink, way, chunks))
-
-    async def _read(
-        self, source: socket.socket, way: Way, chunks: asyncio.Queue[tuple[float, bytes]]
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        data = b"-"
-        while data:  # an empty read is the end; it crosses the link like the rest
-            data = await loop.sock_recv(source, way.chunk_nbytes)
-            await chunks.put((await way.admit(len(data)), data))
-            await asyncio.sleep(0)  # a socket with much to read must not keep its turn
-
-    async def _deliver(
-        self, sink: socket.socket, way: Way, chunks: asyncio.Queue[tuple[float, bytes]]
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            arrives_s, data = await chunks.get()
-            await self._clock.sleep_until(arrives_s)
-            if not data:
-                sink.shutdown(socket.SHUT_WR)
-                return
-            way.arrived(len(data))
-            await loop.sock_sendall(sink, data)
+        await Stream(target, client, self._down).carry()
 
 
 async def _connect(address: Address) -> socket.socket:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from offramp_common.errors import ConfigError
+from offramp_simulate.loss import GilbertElliott
 from offramp_simulate.traces import RateTrace
 
 Direction = Literal["up", "down"]  # up: device to cloud
@@ -38,6 +39,10 @@ class Rate(Protocol):
         """When the last of `nbytes` that start at `start_s` has been put on the link, seconds."""
         ...
 
+    def scaled(self, factor: float) -> Rate:
+        """The same course, every rate times `factor`."""
+        ...
+
 
 @dataclass(frozen=True)
 class ConstantRate:
@@ -56,6 +61,9 @@ class ConstantRate:
     def finish_s(self, start_s: float, nbytes: int) -> float:
         return start_s + nbytes * 8 / (self.mbps * 1e6)
 
+    def scaled(self, factor: float) -> ConstantRate:
+        return ConstantRate(self.mbps * factor)
+
 
 @dataclass(frozen=True)
 class LinkProfile:
@@ -69,6 +77,7 @@ class LinkProfile:
     jitter_ms: float = 0.0  # extra one-way delay of a chunk, uniform in [0, jitter_ms]; keeps order
     seed: int = 0  # of the jitter
     trace: RateTrace | None = None  # varies the rates; the two above are then its means
+    loss: GilbertElliott | None = None  # of packets, in each direction; drawn with the seed too
 
     def __post_init__(self) -> None:
         for field in ("uplink_mbps", "downlink_mbps", "queue_ms"):
@@ -82,11 +91,24 @@ class LinkProfile:
 
     @classmethod
     def from_trace(
-        cls, trace: RateTrace, *, rtt_ms: float, downlink_factor: float = 1.0
+        cls,
+        trace: RateTrace,
+        *,
+        rtt_ms: float,
+        uplink_factor: float = 1.0,
+        downlink_factor: float = 1.0,
     ) -> LinkProfile:
-        """A link whose uplink is `trace` and whose downlink is `trace` times `downlink_factor`."""
+        """A link that follows `trace` in both directions, each times a factor.
+
+        Few traces were recorded upwards: for one of a downlink an `uplink_factor` below 1 is apt.
+        """
+        for name, factor in (("uplink", uplink_factor), ("downlink", downlink_factor)):
+            if not 0 < factor < math.inf:
+                raise ConfigError(
+                    f"link {trace.name}: {name}_factor is {factor}: give more than 0, finite"
+                )
         mean = trace.mean_mbps
-        return cls(trace.name, mean, mean * downlink_factor, rtt_ms, trace=trace)
+        return cls(trace.name, mean * uplink_factor, mean * downlink_factor, rtt_ms, trace=trace)
 
     def rate(self, direction: Direction) -> Rate:
         mbps = self.uplink_mbps if direction == "up" else self.downlink_mbps
@@ -96,11 +118,7 @@ class LinkProfile:
 
     def chunk_nbytes(self, direction: Direction) -> int:
         """How much one connection puts on the link in its turn: whole segments, about 2 ms."""
-        rate = self.rate(direction)
-        if math.isinf(rate.mean_mbps):
-            return _UNLIMITED_CHUNK_NBYTES
-        segments = int(rate.mean_mbps * _CHUNK_MS * 1e3 / 8 / SEGMENT_NBYTES)
-        return SEGMENT_NBYTES * min(max(segments, 1), _MAX_CHUNK_SEGMENTS)
+        return chunk_nbytes(self.rate(direction).mean_mbps)
 
     def shaper(self, direction: Direction) -> Shaper:
         """A fresh shaper of one direction, its queue at least two chunks long."""
@@ -111,9 +129,20 @@ class LinkProfile:
             delay_s=self.rtt_ms / 2e3,
             queue_nbytes=max(queue_nbytes, 2 * self.chunk_nbytes(direction)),
             jitter_s=self.jitter_ms / 1e3,
-            # Two directions of one link must not draw the same jitter.
-            seed=2 * self.seed + (direction == "down"),
+            seed=self.seed_of(direction),
         )
+
+    def seed_of(self, direction: Direction) -> int:
+        """Two directions of one link must not draw the same jitter and losses."""
+        return 2 * self.seed + (direction == "down")
+
+
+def chunk_nbytes(mean_mbps: float) -> int:
+    """Whole segments, about 2 ms of them at this rate."""
+    if math.isinf(mean_mbps):
+        return _UNLIMITED_CHUNK_NBYTES
+    segments = int(mean_mbps * _CHUNK_MS * 1e3 / 8 / SEGMENT_NBYTES)
+    return SEGMENT_NBYTES * min(max(segments, 1), _MAX_CHUNK_SEGMENTS)
 
 
 class Passage(NamedTuple):
@@ -183,6 +212,16 @@ class Shaper:
         self._queued_nbytes += nbytes
         self._last = Passage(departs_s, arrives_s)
         return self._last
+
+    def offer(self, nbytes: int, now_s: float) -> Passage | None:
+        """As `send`, but None, and nothing happens, where the queue has no room: drop-tail.
+
+        A packet larger than the whole queue has room when the queue is empty.
+        """
+        queued = self.queued_nbytes(now_s)
+        if queued and queued + nbytes > self.queue_nbytes:
+            return None
+        return self.send(nbytes, now_s)
 
     def flush(self) -> None:
         """Forget what is queued or under way: the link was cut."""

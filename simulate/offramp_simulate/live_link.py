@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import os
 import select
 import selectors
 from dataclasses import dataclass, fields
 
+from offramp_simulate.faults import Conditions
 from offramp_simulate.links import Direction, LinkProfile, header_nbytes
+from offramp_simulate.live_shaper import LiveShaper
 
 _WAKE_LATE_S = 0.05  # how late a busy machine may wake us, for sizing only
 _MIN_PENDING_CHUNKS = 256  # small messages count as chunks too; they must not wait for this
@@ -20,18 +24,26 @@ class LinkStats:
     """What went over the link since it started, and how it is now."""
 
     state: str  # "up", "cut" or "silent"
+    faults: tuple[str, ...]  # number and kind of each that is active, such as "2 delay"
+    time_s: float  # on the link's own clock, which a trace follows, since the start
     bytes_up: int  # payload of TCP that has come out at the target's end
     bytes_down: int  # payload of TCP that has come out at the device's end
     header_bytes_up: int  # estimate of IPv4 and TCP headers of those bytes, full segments, no ACKs
     header_bytes_down: int
     queued_bytes_up: int  # waiting for the link at this moment
     queued_bytes_down: int
+    lost_segments_up: int  # modelled losses: each made its connection wait
+    lost_segments_down: int
+    corrupted_bytes_up: int
+    corrupted_bytes_down: int
     connections: int  # accepted, whether or not the target then was
     open_connections: int  # at this moment
 
     def since(self, before: LinkStats) -> LinkStats:
         """The counters less those of an earlier snapshot; what is of this moment stays."""
-        now_only = ("state", "queued_bytes_up", "queued_bytes_down", "open_connections")
+        now_only = (
+            "state", "faults", "time_s", "queued_bytes_up", "queued_bytes_down", "open_connections"
+        )  # fmt: skip
         counts = [f.name for f in fields(self) if f.name not in now_only]
         changed = {name: getattr(self, name) - getattr(before, name) for name in counts}
         return LinkStats(**{name: getattr(self, name) for name in now_only}, **changed)
@@ -73,36 +85,65 @@ class LinkClock:
 class Way:
     """One direction of the link, shared by all connections."""
 
-    def __init__(self, profile: LinkProfile, direction: Direction, clock: LinkClock) -> None:
-        self.shaper = profile.shaper(direction)
-        self.chunk_nbytes = profile.chunk_nbytes(direction)
+    def __init__(self, profile: LinkProfile, direction: Direction) -> None:
+        self.live = LiveShaper(profile, direction)
+        self.clock = LinkClock()
         self.arrived_nbytes = 0
         self.header_nbytes = 0
-        self._clock = clock
+        self._flows = asyncio.Event()  # cleared while the link is stalled
+        self._flows.set()
         self._turn = asyncio.Lock()  # first come, first served: connections take turns
 
-    def pending_chunks(self, profile: LinkProfile) -> int:
+    def apply(self, now: Conditions) -> None:
+        """Let these faults hold from now on."""
+        self.live.apply(now)
+        if now.stalled:
+            self._flows.clear()
+        else:
+            self._flows.set()
+        if now.blackhole:
+            self.clock.stop()
+        else:
+            self.clock.go_on()
+
+    def pending_chunks(self) -> int:
         """How many chunks of one connection may be between its two sockets.
 
         Enough never to limit the rate: the queue, what is under way, and a late wake-up. Bounded
         all the same, since a receiver may stop reading.
         """
-        peak_mbps = self.shaper.rate.peak_mbps
+        shaper, profile = self.live.shaper, self.live.profile
+        peak_mbps = shaper.rate.peak_mbps
         if math.isinf(peak_mbps):
             return _UNLIMITED_PENDING_CHUNKS
-        under_way_s = (profile.rtt_ms / 2 + profile.jitter_ms) / 1e3 + _WAKE_LATE_S
-        nbytes = self.shaper.queue_nbytes + peak_mbps * 1e6 / 8 * under_way_s
-        return max(_MIN_PENDING_CHUNKS, math.ceil(nbytes / self.chunk_nbytes))
+        under_way_s = (profile.rtt_ms / 2 + profile.jitter_ms) / 1e3
+        under_way_s += self.live.conditions.delay_s + _WAKE_LATE_S
+        nbytes = shaper.queue_nbytes + peak_mbps * 1e6 / 8 * under_way_s
+        return max(_MIN_PENDING_CHUNKS, math.ceil(nbytes / self.live.chunk_nbytes))
 
     async def admit(self, nbytes: int) -> float:
-        """Wait for room in the queue; returns when the bytes arrive, on the link's clock."""
+        """Wait for room in the queue; returns when the bytes arrive, on the clock."""
         async with self._turn:
-            await self._clock.sleep_until(self.shaper.room_s(nbytes, self._clock.now_s()))
-            return self.shaper.send(nbytes, self._clock.now_s()).arrives_s
+            await self.clock.sleep_until(self.live.shaper.room_s(nbytes, self.clock.now_s()))
+            return self.send(nbytes)
 
-    def arrived(self, nbytes: int) -> None:
-        self.arrived_nbytes += nbytes
-        self.header_nbytes += header_nbytes(nbytes)
+    def send(self, nbytes: int) -> float:
+        """As `admit`, whether or not there is room."""
+        return self.live.send(nbytes, self.clock.now_s()).arrives_s
+
+    def queued_nbytes(self) -> int:
+        return self.live.shaper.queued_nbytes(self.clock.now_s())
+
+    async def pass_at(self, arrives_s: float) -> None:
+        """Wait until then, and on while the link is stalled."""
+        await self.clock.sleep_until(arrives_s)
+        await self._flows.wait()
+
+    def arrived(self, data: bytes) -> bytes:
+        """Count what comes out of the link; returns it as it comes out."""
+        self.arrived_nbytes += len(data)
+        self.header_nbytes += header_nbytes(len(data))
+        return self.live.corrupt(data)
 
 
 def precise_loop() -> asyncio.AbstractEventLoop:
@@ -122,3 +163,13 @@ def precise_loop() -> asyncio.AbstractEventLoop:
             return super().select(0)
 
     return asyncio.SelectorEventLoop(PreciseSelector())
+
+
+def keep_time() -> None:
+    """Real-time priority where it is allowed: on a busy machine timers would wake milliseconds late.
+
+    The kernel leaves others a share of the core even then; what this process starts does without.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not root
+        policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, policy, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))

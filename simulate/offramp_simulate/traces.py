@@ -1,21 +1,19 @@
-"""Recorded rates over time, read from JSON lines and integrated exactly.
+"""Recorded rates over time, integrated exactly; `trace_readers` has the forms of their files.
 
-One object a line: `trace` (its name), `mbps` (a list, Mbit/s) and either `dt` (seconds between
-samples) or `t_s` (the samples' times in seconds, rising). A sample holds until the next one; zero
-means that nothing is delivered. At its end a trace starts again.
+A sample holds until the next one; zero means that nothing is delivered. At its end a trace starts
+again.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 from offramp_common.errors import ConfigError, DataError
+from offramp_simulate.trace_readers import BadLine, read_traces
 
 # Rounding must not push a last bit past an outage that begins when it is through.
 _SLACK_BITS = 1e-3
@@ -60,6 +58,13 @@ class RateTrace:
             return self
         return RateTrace(self.name, self.edges_s, tuple(mbps * factor for mbps in self.mbps))
 
+    def bits_by(self, time_s: float) -> float:
+        """What could be sent from 0 to `time_s` (0 or later), bits."""
+        periods, offset_s = divmod(time_s, self.period_s)
+        here = min(bisect_right(self.edges_s, offset_s), len(self.mbps)) - 1
+        within = self._bits[here] + self.mbps[here] * 1e6 * (offset_s - self.edges_s[here])
+        return periods * self._bits[-1] + within
+
     def finish_s(self, start_s: float, nbytes: int) -> float:
         """When `nbytes` that start at `start_s` (0 or later) have been sent, seconds."""
         if nbytes == 0:
@@ -85,18 +90,19 @@ def load_traces(path: Path) -> dict[str, RateTrace]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read the traces: {error}") from error
     traces: dict[str, RateTrace] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            trace = _parse(json.loads(line))
-            if trace.name in traces:
-                raise ConfigError(f"the trace {trace.name!r} is there twice: rename one")
-        except (ValueError, OverflowError, ConfigError) as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-        traces[trace.name] = trace
+    try:
+        for recorded in read_traces(text, path.name):
+            try:
+                trace = RateTrace(recorded.name, recorded.edges_s, recorded.mbps)
+                if trace.name in traces:
+                    raise ConfigError(f"the trace {trace.name!r} is there twice: rename one")
+            except ConfigError as error:
+                raise BadLine(recorded.line, str(error)) from error
+            traces[trace.name] = trace
+    except BadLine as bad:
+        raise DataError(f"{path}:{bad.line}: {bad}") from bad
     if not traces:
-        raise DataError(f"{path}: no trace in it: give one JSON object a line (trace, mbps, dt)")
+        raise DataError(f"{path}: no trace in it: `offramp link --help` has the forms it may have")
     return traces
 
 
@@ -109,39 +115,6 @@ def load_trace(path: Path, name: str | None = None) -> RateTrace:
         some = ", ".join(list(traces)[:5])
         raise DataError(f"{path}: no trace {name!r} among its {len(traces)}: {some}, ...")
     return traces[name]
-
-
-def _parse(row: Any) -> RateTrace:
-    """One line's object as a trace; ConfigError says what is wrong with it."""
-    if not isinstance(row, dict):
-        raise ConfigError('not an object: write {"trace": NAME, "mbps": [...], "dt": SECONDS}')
-    name = row.get("trace")
-    if not isinstance(name, str) or not name:
-        raise ConfigError('"trace" is missing or not a name: give a text')
-    mbps = _numbers(row, "mbps")
-    if ("dt" in row) == ("t_s" in row):
-        raise ConfigError('give either "dt" (seconds a sample) or "t_s" (a time for each sample)')
-    if "dt" in row:
-        (dt_s,) = _numbers({"dt": [row["dt"]]}, "dt")
-        return RateTrace(name, tuple(i * dt_s for i in range(len(mbps) + 1)), mbps)
-    times_s = _numbers(row, "t_s")
-    if len(times_s) != len(mbps) or len(times_s) < 2:
-        raise ConfigError(
-            f'"t_s" has {len(times_s)} entries and "mbps" {len(mbps)}: as many, and two at least'
-        )
-    # Nothing says how long the last sample holds: as long as the one before it.
-    edges_s = (*times_s, 2 * times_s[-1] - times_s[-2])
-    return RateTrace(name, tuple(time_s - times_s[0] for time_s in edges_s), mbps)
-
-
-def _numbers(row: dict[str, Any], key: str) -> tuple[float, ...]:
-    values = row.get(key)
-    if not isinstance(values, list) or not values:
-        raise ConfigError(f'"{key}" is missing or not a list with an entry: give numbers')
-    for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f'"{key}"[{index}] is {value!r}, not a number')
-    return tuple(float(value) for value in values)
 
 
 def _problem(edges_s: tuple[float, ...], mbps: tuple[float, ...]) -> str:

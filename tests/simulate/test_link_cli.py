@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# `offramp` with this one command, whatever else is installed.
-_MAIN = """
-import argparse, sys
-from offramp_common import cli
-from offramp_simulate.link_cli import add_link_command
-def build_parser():
-    parser = argparse.ArgumentParser(prog="offramp")
-    add_link_command(parser.add_subparsers(dest="command"))
-    return parser
-cli.build_parser = build_parser
-cli.console_main()
-"""
-
-
-def start(*options: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", _MAIN, "link", *options],
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        # The packages as this process finds them, installed or not.
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-
-
-def answer(process: subprocess.Popen[str], command: str = "") -> dict[str, Any]:
-    """The next line of standard output, after a command if one is given."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if command:
-        print(command, file=process.stdin, flush=True)
-    line: dict[str, Any] = json.loads(process.stdout.readline())
-    return line
+from link_world import answer, start
 
 
 def connect(started: dict[str, Any]) -> socket.socket:
@@ -106,10 +68,59 @@ def test_commands_on_standard_input_steer_the_link_and_each_is_answered(
         with pytest.raises(ConnectionError):
             end.recv(5)
         end.close()
-        assert "one of stats, cut" in answer(p, "explode")["error"]
+        assert "one of stats, fault" in answer(p, "explode")["error"]
         assert answer(p, "quit")["command"] == "quit"
         assert p.wait(5) == 0
     assert json.loads(stats.read_text())["bytes_up"] == 10
+
+
+def test_faults_begin_and_end_on_command_and_wrong_ones_are_answered_with_the_reason(
+    echo: str,
+) -> None:
+    with start("--to", echo, "--profile", "unshaped", "--control-stdin") as p:
+        with connect(answer(p)) as end:
+            assert answer(p, "heal")["faults"] == []
+            begun = answer(p, "fault kind=stall, direction=down")
+            assert (begun["fault"], begun["faults"], begun["state"]) == (1, ["1 stall"], "up")
+            end.sendall(b"hello")
+            end.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                end.recv(5)
+            assert answer(p, "heal 1")["faults"] == []
+            assert end.recv(5) == b"hello"
+            assert answer(p, "fault kind=rate factor=2")["error"].endswith("give mbps")
+            assert "no kind given" in answer(p, "fault")["error"]
+            assert "there were 1 faults" in answer(p, "heal 2")["error"]
+            assert "not the number of a fault" in answer(p, "heal all")["error"]
+            assert answer(p, "cut")["faults"] == ["2 cut"]
+        answer(p, "quit")
+        assert p.wait(5) == 0
+
+
+def test_a_timetable_is_taken_from_options_and_from_a_file(echo: str, tmp_path: Path) -> None:
+    file = tmp_path / "faults.toml"
+    file.write_text('[[fault]]\nkind = "stall"\nfor = 60\n', encoding="utf-8")
+    with start(
+        "--to", echo, "--fault", "kind=delay,ms=5", "--fault", "kind=cut,at=60",
+        "--faults", str(file), "--control-stdin",
+    ) as p:  # fmt: skip
+        answer(p)
+        assert answer(p, "stats")["faults"] == ["1 delay", "3 stall"]
+        answer(p, "quit")
+
+
+def test_any_link_can_be_made_to_jitter_lose_and_queue_otherwise(echo: str) -> None:
+    with start(
+        "--to", echo, "--profile", "wifi", "--jitter-ms", "1", "--queue-ms", "30",
+        "--loss", "0.5", "--loss-burst", "2", "--seed", "3", "--control-stdin",
+    ) as p:  # fmt: skip
+        with connect(answer(p)) as end:
+            end.sendall(bytes(30_000))
+            end.settimeout(20)
+            assert end.recv(1) == b"\0"
+            assert answer(p, "stats")["lost_segments_up"] > 0
+        _, people = p.communicate("quit\n", timeout=5)
+    assert "round trip 5 ms, jitter 1 ms, 0.5 of packets lost, to" in people
 
 
 def test_the_end_of_the_steering_input_ends_the_link(echo: str) -> None:
@@ -138,10 +149,24 @@ def test_a_signal_ends_the_link_with_its_counters_on_standard_output(
 def test_a_trace_is_described_on_standard_error(echo: str, tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     file.write_text('{"trace": "bus", "dt": 1, "mbps": [1, 3]}\n', encoding="utf-8")
-    with start("--to", echo, "--trace", str(file), "--rtt-ms", "70", "--control-stdin") as p:
+    with start(
+        "--to", echo, "--trace", str(file), "--rtt-ms", "70", "--uplink-factor", "0.2",
+        "--downlink-mbps", "8", "--control-stdin",
+    ) as p:  # fmt: skip
         answer(p)
         _, people = p.communicate("quit\n", timeout=5)
-    assert "trace bus, on average 2 up / 2 down Mbit/s, round trip 70 ms" in people
+    # Scaling is said, since a trace that is scaled was not recorded so.
+    assert (
+        "trace bus, on average 0.4 up (the recording x 0.2) / 8 down (the recording x 4) Mbit/s, "
+        "round trip 70 ms" in people
+    )
+
+
+def test_markov_states_vary_the_rate_of_a_link(echo: str) -> None:
+    with start("--to", echo, "--markov", "8:2,0.5:1", "--control-stdin") as p:
+        answer(p)
+        _, people = p.communicate("quit\n", timeout=5)
+    assert "trace markov, on average" in people
 
 
 def test_an_address_beyond_this_machine_is_warned_of(echo: str) -> None:
@@ -156,12 +181,21 @@ def test_an_address_beyond_this_machine_is_warned_of(echo: str) -> None:
     [
         (["--to", "nowhere"], "'nowhere' is not HOST:PORT"),
         (["--to", "h:70000"], "'h:70000' is not HOST:PORT"),
-        ([], "required: --to"),
+        ([], "one of the arguments --to --layer3 --clean is required"),
         (["--to", "h:1", "--profile", "pigeon"], "invalid choice: 'pigeon'"),
         (["--to", "h:1", "--profile", "lte", "--trace", "t"], "not allowed with"),
-        (["--to", "h:1", "--rtt-ms", "5"], "need --trace FILE"),
+        (["--to", "h:1", "--uplink-factor", "2"], "need --trace or --markov"),
+        (["--to", "h:1", "--trace-name", "bus"], "needs --trace FILE"),
+        (["--to", "h:1", "--markov", "5:1,2"], "write MBPS:SECONDS"),
+        (["--to", "h:1", "--markov", "5:1"], "two at least"),
+        (["--to", "h:1", "--uplink-mbps", "-1"], "uplink_mbps is -1.0"),
+        (["--layer3", "--listen", "127.0.0.1:0"], "--listen needs --to"),
         (["--to", "h:1", "--trace", "{tmp}/none"], "cannot read the traces"),
         (["--to", "h:1", "--trace", "{tmp}/bad"], "bad:1: "),
+        (["--to", "h:1", "--loss", "1"], "rate is 1.0"),
+        (["--to", "h:1", "--loss-burst", "2"], "needs --loss"),
+        (["--to", "h:1", "--fault", "kind=flood"], "kind is 'flood'"),
+        (["--to", "h:1", "--faults", "{tmp}/none.toml"], "cannot read the faults"),
         (["--to", "h:1", "--stats", "{tmp}/no/such"], "cannot write"),
         (["--to", "h:1", "--listen", "{echo}"], "cannot listen on 127.0.0.1:"),
     ],

@@ -7,90 +7,17 @@ as much again, since the machine that runs the tests may be busy with others.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
 
 import pytest
+from link_world import FAR_AWAY, MB_A_SECOND, Far, assert_lasted, connected, far_through, until
 
 from offramp_common.errors import ConfigError
 from offramp_simulate.link_emulator import LinkEmulator
 from offramp_simulate.links import PROFILES, LinkProfile
 from offramp_simulate.live_link import precise_loop
 from offramp_simulate.traces import RateTrace
-
-LATE_S = 0.3
-MB_A_SECOND = LinkProfile("test", 8.0, 8.0, 0.0)
-FAR_AWAY = LinkProfile("test", 800.0, 800.0, 60.0)
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.001)
-
-
-class Far:
-    """A server that notes when which bytes came; it answers what it got once an end came too."""
-
-    def __init__(self) -> None:
-        self.got: list[bytearray] = []
-        self.reads = asyncio.Event()  # until it is set, connections are accepted and not read
-        self.echoes = False
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        got = bytearray()
-        self.got.append(got)
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-            await self.reads.wait()
-            while data := await reader.read(65536):
-                got += data
-                if self.echoes:
-                    writer.write(data)
-                    await writer.drain()
-            if not self.echoes:
-                writer.write(got)
-                await writer.drain()
-        writer.close()
-
-    async def total(self, nbytes: int) -> None:
-        """Wait until so many bytes have come, over all connections."""
-        await until(lambda: sum(map(len, self.got)) >= nbytes)
-
-
-@contextlib.asynccontextmanager
-async def far_through(
-    profile: LinkProfile, *, echoes: bool = False, reads: bool = True
-) -> AsyncIterator[tuple[Far, LinkEmulator]]:
-    far = Far()
-    far.echoes = echoes
-    if reads:
-        far.reads.set()
-    server = await asyncio.start_server(far, "127.0.0.1", 0)
-    try:
-        async with LinkEmulator(profile, server.sockets[0].getsockname()[:2]) as link:
-            yield far, link
-    finally:
-        server.close()
-        far.reads.set()
-
-
-@contextlib.asynccontextmanager
-async def connected(link: LinkEmulator) -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection(*link.address)
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-
-def assert_lasted(start_s: float, at_least_s: float) -> None:
-    lasted_s = time.perf_counter() - start_s
-    assert at_least_s <= lasted_s <= 1.5 * at_least_s + LATE_S
 
 
 async def test_one_connection_gets_the_rate_of_the_link() -> None:

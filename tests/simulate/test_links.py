@@ -164,6 +164,33 @@ def test_a_traced_link_uses_the_trace_upward_and_scales_it_downward() -> None:
     assert profile.shaper("down").send(4_000_000, 0.0).departs_s == pytest.approx(1.5)
 
 
+def test_a_trace_can_be_scaled_in_each_direction_by_more_than_nothing() -> None:
+    trace = RateTrace("bus", (0.0, 1.0, 2.0), (8.0, 16.0))
+    profile = LinkProfile.from_trace(trace, rtt_ms=20.0, uplink_factor=0.25)
+    assert (profile.uplink_mbps, profile.downlink_mbps) == (3.0, 12.0)
+    assert profile.shaper("up").send(250_000, 0.0).departs_s == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match=r"uplink_factor is 0\.0"):
+        LinkProfile.from_trace(trace, rtt_ms=20.0, uplink_factor=0.0)
+
+
+def test_an_offer_is_refused_where_the_queue_is_full_and_changes_nothing() -> None:
+    shaper = megabyte_a_second(queue_nbytes=3000)
+    assert shaper.offer(1500, 0.0) is not None
+    assert shaper.offer(1500, 0.0) is not None
+    assert shaper.offer(1, 0.0) is None
+    assert shaper.queued_nbytes(0.0) == 3000
+    # The first has departed after 1.5 ms.
+    passage = shaper.offer(1500, 0.002)
+    assert passage is not None
+    assert passage.departs_s == pytest.approx(0.0045)
+
+
+def test_a_packet_larger_than_the_queue_is_taken_when_it_is_empty() -> None:
+    shaper = megabyte_a_second(queue_nbytes=100)
+    assert shaper.offer(1500, 0.0) is not None
+    assert shaper.offer(1500, 0.0) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

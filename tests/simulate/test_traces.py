@@ -1,4 +1,4 @@
-"""Recorded rates: exact integration, and what is said of a file that is not as it should be."""
+"""Recorded rates: exact integration, the traces of a file, what is said of one that is malformed."""
 
 from __future__ import annotations
 
@@ -89,6 +89,15 @@ def test_bytes_sent_in_pieces_are_through_when_all_of_them_at_once_would_be(
     assert bits_between(trace, 0.0, finish_s) == pytest.approx(
         bits_between(trace, 0.0, whole_s), abs=1
     )
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(traces, st.floats(0, 1000))
+def test_the_bits_by_a_time_are_the_integral_of_the_rate(
+    samples: list[tuple[float, float]], time_s: float
+) -> None:
+    trace = trace_of(samples)
+    assert trace.bits_by(time_s) == pytest.approx(bits_between(trace, 0.0, time_s), rel=1e-6, abs=1)
 
 
 def test_the_mean_and_the_peak_of_a_trace_weigh_samples_by_their_length() -> None:
