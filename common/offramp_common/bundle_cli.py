@@ -54,8 +54,25 @@ def _show(bundle: Bundle, json_path: str | None) -> int:
             told = {k: v for k, v in point.items() if k not in ("kind", "precision", "leaving")}
             lines.append(f"  measured   {point['precision']}: {_words(told)}")
             lines.append(f"             leaving at {_words(point['leaving'])}")
+    lines += _codec_lines(bundle)
     print("\n".join(lines), file=sys.stderr)
     return OK
+
+
+def _codec_lines(bundle: Bundle) -> list[str]:
+    """The codecs fitted to the bundle, and what any codec was measured to cost."""
+    longest = bundle.manifest.max_tokens
+    lines = [
+        f"  codec      {codec.name}: {codec.nbytes(longest, codec.width)} bytes for {longest} tokens"
+        for codec in bundle.fitted.values()
+    ]
+    for one in bundle.manifest.codec_costs:
+        same = "" if one.same is None else f", {100 * one.same:.1f} % answered the same"
+        lines.append(
+            f"  costs      {one.codec} after {one.depth} layers: {one.points:+.2f} points below the uncut "
+            f"model{same} ({one.data}, {one.rows} rows)"
+        )
+    return lines
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -14,15 +14,18 @@ A frame is one msgpack array
 Dtypes and shapes do not travel: both tiers know them from the bundle, whose digest was compared, so
 a frame carries nothing but what differs between samples.
 
-A stranger's bytes are read in place: `_Reader` knows the few msgpack types that a frame is made of
-and nothing nested, and all sizes and values are checked on the frame itself, so that refusing a
-frame allocates next to nothing (a general msgpack reader made 60 bytes of objects from one byte).
+A fitted codec (codecs/fitted.py) may send fewer tokens than a row has: `lengths` then are those of the rows
+as they were, the codec knows from them how many are left, and state for each token is sent for those.
+
+A stranger's bytes are read in place (frame_reader.py), and all sizes and values are checked on the frame
+itself, so that refusing a frame allocates next to nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import msgpack
 import numpy as np
@@ -30,9 +33,11 @@ from numpy.typing import NDArray
 
 from offramp_common.activations import Activations, NumpyArray, pack, unpack
 from offramp_common.codecs import Codec, get_codec
+from offramp_common.codecs.fitted import Fitted
 from offramp_common.codecs.tokens import largest_ids
 from offramp_common.errors import WireError
-from offramp_common.spec import MAX_NAME_BYTES, CutSpec, StateField
+from offramp_common.frame_reader import ARRAY, MAP, UINT, Reader
+from offramp_common.spec import CutSpec, StateField
 
 FRAME_VERSION = 1
 _FIELDS = 6
@@ -60,30 +65,43 @@ def padding_fits(lengths_B: NDArray[np.int64], limits: Limits) -> bool:
     return padded <= _MAX_PADDING * max(int(lengths_B.sum()), limits.max_tokens)
 
 
-def encode_frame(acts: Activations[NumpyArray], cut: CutSpec, codec_name: str) -> bytes:
+def encode_frame(
+    acts: Activations[NumpyArray],
+    cut: CutSpec,
+    codec_name: str,
+    fitted: Mapping[str, Fitted] = MappingProxyType({}),
+) -> bytes:
     """The frame of `acts`; token ids go through the codec `tokens`, whatever `codec_name` says.
 
+    fitted   the bundle's own codecs, by name
     Raises UnknownCodec, and ValueError when `acts` is not what `cut` says (our own bug).
     """
-    codec = get_codec("tokens" if cut.integer else codec_name)
-    if codec.integer != cut.integer:
-        raise ValueError(f"codec {codec.name} cannot carry floating point hidden states")
+    codec = _codec("tokens" if cut.integer else codec_name, fitted)
+    if codec.integer != cut.integer or not _fits(codec, cut):
+        raise ValueError(f"codec {codec.name} cannot carry floating point hidden states of {cut}")
     _check(acts, cut)
     hidden_ND = pack(acts.hidden_BTD, acts.lengths_B)
     if cut.integer and np.any(hidden_ND >= np.array(cut.vocabulary)):
         raise ValueError(f"token ids up to {hidden_ND.max(axis=0)} of {cut.vocabulary}")
-    state = {name: _pack_state(name, cut.state[name], acts) for name in sorted(cut.state)}
+    kept_N = None
+    if isinstance(codec, Fitted):
+        hidden, kept_N = codec.encode_rows(hidden_ND, acts.lengths_B)
+    else:
+        hidden = codec.encode(hidden_ND)
+    state = {name: _pack_state(name, cut.state[name], acts, kept_N) for name in sorted(cut.state)}
     lengths = acts.lengths_B.astype("<u2").tobytes()
-    frame: bytes = msgpack.packb(
-        [FRAME_VERSION, acts.depth, codec.name, lengths, codec.encode(hidden_ND), state]
-    )
+    frame: bytes = msgpack.packb([FRAME_VERSION, acts.depth, codec.name, lengths, hidden, state])
     return frame
 
 
 def decode_frame(
-    frame: bytes, cuts: Mapping[int, CutSpec], limits: Limits
+    frame: bytes,
+    cuts: Mapping[int, CutSpec],
+    limits: Limits,
+    fitted: Mapping[str, Fitted] = MappingProxyType({}),
 ) -> Activations[NumpyArray]:
-    """The activations in `frame`; `cuts` holds the depths at which frames are accepted.
+    """The activations in `frame`; `cuts` holds the depths at which frames are accepted, `fitted` the bundle's
+    own codecs by name.
 
     Raises WireError or UnknownCodec for anything that is not a well-formed frame within `limits`.
     """
@@ -91,29 +109,50 @@ def decode_frame(
         raise WireError(
             f"a frame of {len(frame)} bytes, at most {limits.max_frame_bytes}; send fewer rows"
         )
-    reader = _Reader(frame)
+    reader = Reader(frame)
     depth = _read_head(reader)
     cut = cuts.get(depth)
     if cut is None:
         raise WireError(f"depth {depth}: this model accepts frames at depths {sorted(cuts)}")
-    codec = _codec_for(cut, reader.text("codec"))
+    codec = _codec_for(cut, reader.text("codec"), fitted)
     lengths_B = _lengths(reader.data("lengths"), limits)
-    n_tokens = int(lengths_B.sum())
+    left_B = codec.left(lengths_B) if isinstance(codec, Fitted) else lengths_B
     hidden = reader.data("hidden")
-    state = _read_state(reader, cut, lengths_B.size, n_tokens)
+    state = _read_state(reader, cut, left_B.size, int(left_B.sum()))
     reader.end()
+    positions_BT = None
+    if isinstance(codec, Fitted):
+        rows = codec.decode_rows(hidden, lengths_B)
+        hidden_ND = rows.hidden_MD
+        if rows.positions_M is not None:
+            positions_BT = unpack(rows.positions_M, left_B)
+    else:
+        hidden_ND = _decoded(codec, hidden, int(lengths_B.sum()), cut)
+    row_state, token_state = _unpacked(state, cut, left_B)
+    return Activations(
+        unpack(hidden_ND, left_B), left_B, depth, row_state, token_state, positions_BT
+    )
+
+
+def _decoded(codec: Codec, hidden: memoryview, n_tokens: int, cut: CutSpec) -> NumpyArray:
     if cut.integer:
         _check_ids(hidden, n_tokens, cut)
-    hidden_ND = codec.decode(hidden, n_tokens, cut.width)
+    return codec.decode(hidden, n_tokens, cut.width)
+
+
+def _unpacked(
+    state: Mapping[str, NumpyArray], cut: CutSpec, lengths_B: NDArray[np.int64]
+) -> tuple[dict[str, NumpyArray], dict[str, NumpyArray]]:
+    """The state of each row, and of each token: copies in the machine's byte order, in memory of their own,
+    for callers may write to them."""
     row_state, token_state = {}, {}
     for name, field in cut.state.items():
-        # A copy in the machine's byte order, in memory of its own: callers may write to it.
         entry = state[name].astype(field.dtype)
         if field.per_token:
             token_state[name] = unpack(entry, lengths_B)
         else:
             row_state[name] = entry
-    return Activations(unpack(hidden_ND, lengths_B), lengths_B, depth, row_state, token_state)
+    return row_state, token_state
 
 
 def _check(acts: Activations[NumpyArray], cut: CutSpec) -> None:
@@ -124,6 +163,10 @@ def _check(acts: Activations[NumpyArray], cut: CutSpec) -> None:
         raise ValueError(
             f"activations at depth {acts.depth} with state {sorted(acts.state)} and token state "
             f"{sorted(acts.token_state)} do not fit {cut}"
+        )
+    if acts.positions_BT is not None:
+        raise ValueError(
+            "tokens were left out of these activations on an earlier way; send them whole"
         )
     lengths_B, hidden_BTD = acts.lengths_B, acts.hidden_BTD
     longest = int(lengths_B.max(initial=0))
@@ -137,24 +180,40 @@ def _check(acts: Activations[NumpyArray], cut: CutSpec) -> None:
         )
 
 
-def _read_head(reader: _Reader) -> int:
+def _read_head(reader: Reader) -> int:
     """The frame's depth; checks that it is an array of this version's length."""
-    fields = reader.number("the frame", _ARRAY)
-    version = reader.number("version", _UINT)
+    fields = reader.number("the frame", ARRAY)
+    version = reader.number("version", UINT)
     if version != FRAME_VERSION:
         raise WireError(
             f"frame version {version}: this side reads {FRAME_VERSION}; update the older side"
         )
     if fields != _FIELDS:
         raise WireError(f"not a frame: an array of {fields}, must be {_FIELDS}")
-    return reader.number("depth", _UINT)
+    return reader.number("depth", UINT)
 
 
-def _codec_for(cut: CutSpec, name: str) -> Codec:
-    codec = get_codec(name)
+def _codec(name: str, fitted: Mapping[str, Fitted]) -> Codec | Fitted:
+    own = fitted.get(name)
+    return get_codec(name) if own is None else own
+
+
+def _fits(codec: Codec | Fitted, cut: CutSpec) -> bool:
+    """Whether a fitted codec was fitted for this cut, and leaves tokens where there is state for each."""
+    if not isinstance(codec, Fitted):
+        return True
+    per_token = any(field.per_token for field in cut.state.values())
+    here = (codec.depth, codec.width) == (cut.depth, cut.width)
+    return here and (codec.carries_tokens or not per_token)
+
+
+def _codec_for(cut: CutSpec, name: str, fitted: Mapping[str, Fitted]) -> Codec | Fitted:
+    codec = _codec(name, fitted)
     if codec.integer != cut.integer:
         kind = "token ids" if cut.integer else "floating point hidden states"
         raise WireError(f"codec {name} at depth {cut.depth}, where {kind} travel; use another")
+    if not _fits(codec, cut):
+        raise WireError(f"codec {name} at depth {cut.depth}: not fitted for this cut; use another")
     return codec
 
 
@@ -190,10 +249,10 @@ def _check_ids(hidden: memoryview, n_tokens: int, cut: CutSpec) -> None:
         )
 
 
-def _read_state(reader: _Reader, cut: CutSpec, rows: int, n_tokens: int) -> dict[str, NumpyArray]:
+def _read_state(reader: Reader, cut: CutSpec, rows: int, n_tokens: int) -> dict[str, NumpyArray]:
     """The packed entries, where they lie in the frame: exactly those of the cut, once each."""
     known = sorted(cut.state)
-    count = reader.number("state", _MAP)
+    count = reader.number("state", MAP)
     if count != len(known):
         raise WireError(f"{count} state entries at depth {cut.depth}, which carries {known}")
     state: dict[str, NumpyArray] = {}
@@ -218,70 +277,17 @@ def _state_entry(name: str, field: StateField, data: memoryview, count: int) -> 
     return np.frombuffer(data, dtype=little_endian).reshape(count, *field.shape)
 
 
-def _pack_state(name: str, field: StateField, acts: Activations[NumpyArray]) -> bytes:
+def _pack_state(
+    name: str,
+    field: StateField,
+    acts: Activations[NumpyArray],
+    kept_N: NDArray[np.bool_] | None,
+) -> bytes:
     value = acts.token_state[name] if field.per_token else acts.state[name]
     axes = acts.hidden_BTD.shape[: 2 if field.per_token else 1]
     if value.dtype != np.dtype(field.dtype) or value.shape != (*axes, *field.shape):
         raise ValueError(f"state {name}: {value.dtype} {value.shape}, must be {axes} of {field}")
     packed = pack(value, acts.lengths_B) if field.per_token else value
+    if field.per_token and kept_N is not None:
+        packed = packed[kept_N]
     return np.ascontiguousarray(packed, dtype=value.dtype.newbyteorder("<")).tobytes()
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """How msgpack marks one type: `count` first bytes from `first` hold a small number themselves;
-    each first byte in `wide` is followed by a number of that many bytes, big-endian."""
-
-    first: int
-    count: int
-    wide: Mapping[int, int]
-
-
-_UINT = _Kind(0x00, 128, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8})
-_STR = _Kind(0xA0, 32, {0xD9: 1, 0xDA: 2, 0xDB: 4})
-_BIN = _Kind(0xC4, 0, {0xC4: 1, 0xC5: 2, 0xC6: 4})
-_ARRAY = _Kind(0x90, 16, {0xDC: 2, 0xDD: 4})
-_MAP = _Kind(0x80, 16, {0xDE: 2, 0xDF: 4})
-
-
-class _Reader:
-    """Reads a frame's msgpack values one after another, without copying or allocating."""
-
-    def __init__(self, frame: bytes) -> None:
-        self._frame = memoryview(frame)
-        self._at = 0
-
-    def number(self, what: str, kind: _Kind) -> int:
-        """An unsigned integer; or of a value of another kind its length."""
-        at = self._at
-        mark = self._take(what, 1)[0]
-        if kind.first <= mark < kind.first + kind.count:
-            return mark - kind.first
-        if mark not in kind.wide:
-            raise WireError(f"not a frame: byte 0x{mark:02x} at {at}, where {what} must stand")
-        return int.from_bytes(self._take(what, kind.wide[mark]), "big")
-
-    def data(self, what: str) -> memoryview:
-        return self._take(what, self.number(what, _BIN))
-
-    def text(self, what: str) -> str:
-        size = self.number(what, _STR)
-        if size > MAX_NAME_BYTES:
-            raise WireError(f"{what} of {size} bytes: at most {MAX_NAME_BYTES}")
-        try:
-            return str(self._take(what, size), "utf-8")
-        except UnicodeDecodeError:
-            raise WireError(f"not a frame: {what} is not UTF-8") from None
-
-    def end(self) -> None:
-        if self._at != len(self._frame):
-            raise WireError(f"not a frame: {len(self._frame) - self._at} bytes after its end")
-
-    def _take(self, what: str, size: int) -> memoryview:
-        there = len(self._frame) - self._at
-        if size > there:
-            raise WireError(
-                f"not a frame: {what} needs {size} bytes of the {there} left; cut short"
-            )
-        self._at += size
-        return self._frame[self._at - size : self._at]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from offramp_common.bundle import Manifest
+from offramp_common.manifest import Manifest
 from offramp_model.methods import METHODS
 from offramp_train.config import Card
 from offramp_train.conformal import sentences_of

@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace) -> int:
     from offramp_train.config import read_table
     from offramp_train.progress import Report
 
-    _set_threads(args.threads)
+    set_threads(args.threads)
     _quiet_libraries()
     table = read_table(Path(args.config)) if args.config else {}
     flags: dict[str, Any] = {f: getattr(args, f) for f in _FLAGS if getattr(args, f) is not None}
@@ -135,7 +135,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from offramp_train.progress import Report
     from offramp_train.quality import plot
 
-    _set_threads(args.threads)
+    set_threads(args.threads)
     if args.plot:
         check_picture(args.plot)
     bundle = Bundle.read(args.bundle)
@@ -172,6 +172,11 @@ def add_calibrate_command(subparsers: Any) -> None:
         metavar="E",
         help="risk that an answer is not the full model's, guaranteed, for methods that offer it",
     )
+    goal.add_argument(
+        "--forecast-only",
+        action="store_true",
+        help="keep the operating point; only record what confidence says of later exits",
+    )
     parser.add_argument(
         "--margin", type=float, default=0.0, help="points of --max-drop kept in hand"
     )
@@ -193,7 +198,12 @@ def _calibrate(args: argparse.Namespace) -> int:
     from offramp_train.progress import Report
     from offramp_train.recalibrate import recalibrate
 
-    _set_threads(args.threads)
+    set_threads(args.threads)
+    if args.forecast_only:
+        from offramp_train.foresight import record_forecasts
+
+        record_forecasts(Bundle.read(args.bundle), _rows(args), args.precision, Report())
+        return OK
     goal = Goal(args.max_drop, args.mean_depth, args.margin, not args.common, args.epsilon)
     result = recalibrate(
         Bundle.read(args.bundle),
@@ -248,7 +258,7 @@ def _quiet_libraries() -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
 

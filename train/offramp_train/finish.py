@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from offramp_common.bundle import CARD, Bundle, write_manifest
+from offramp_common.forecast import Forecast
 from offramp_common.runner import Knobs
 from offramp_train.calibrate import Goal, Point, calibrate
 from offramp_train.card import card_text
 from offramp_train.config import Calibration, TrainConfig
 from offramp_train.conformal import Guarantee, on_record
 from offramp_train.data import Splits
-from offramp_train.measure import PRECISIONS, has_graphs, subject
+from offramp_train.foresight import forecast_of
+from offramp_train.measure import PRECISIONS, has_graphs, policy_of, subject
 from offramp_train.metrics import metric_of
 from offramp_train.progress import Report
 from offramp_train.quality import CURVE, curve_points, plot
@@ -32,11 +34,10 @@ def finish(bundle: Bundle, config: TrainConfig, splits: Splits, report: Report) 
 def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Report) -> Bundle:
     """Calibrated on dev, measured on test (on dev where there is none)."""
     name, _ = metric_of(bundle.manifest.task)
-    chosen = config.calibration
-    goal = _goal(chosen)
-    weights = dict(config.calibration.label_weights)
+    goal, weights = _goal(config.calibration), dict(config.calibration.label_weights)
     points: dict[str, Knobs] = {}
     promised: dict[str, Guarantee | None] = {}
+    forecasts: dict[str, Forecast] = {}
     curve: list[Mapping[str, Any]] = []
     split = "test" if splits.test is not None else "dev"
     for precision in [p for p in PRECISIONS if has_graphs(bundle, p)] or ["torch"]:
@@ -46,13 +47,13 @@ def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Repor
         report.say(f"{precision}: {describe(found, name)} (dev)")
         key = "fp32" if precision == "torch" else precision
         points[key], promised[key] = found.knobs, found.guarantee
+        forecasts[key] = forecast_of(policy_of(bundle), dev_recording, found.knobs)
         if splits.test is None:
             measured, recording = dev, dev_recording
         else:
             measured = subject(bundle, precision, splits.test)
             recording = measured.record(report, f"test, {precision}")
-        mine = curve_points(measured, recording, found.knobs, split)
-        curve += mine
+        curve += (mine := curve_points(measured, recording, found.knobs, split))
         at = mine[0]
         report.say(
             f"{precision}: mean depth {at['mean_depth']:.3f} of {bundle.n_layers}, {name} "
@@ -65,6 +66,7 @@ def _measured(bundle: Bundle, config: TrainConfig, splits: Splits, report: Repor
         precision=precision,
         curve=tuple(curve),
         training=on_record(bundle.manifest.training, promised, "dev"),
+        forecasts=forecasts,
     )
     title = f"{manifest.name}: {name} against depth ({split})"
     plot(bundle.path / CURVE, title, name, bundle.n_layers, curve)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from offramp_common.bundle import CARD, Bundle, Manifest, write_manifest
+from offramp_common.bundle import CARD, Bundle, write_manifest
+from offramp_common.manifest import Manifest
 from offramp_common.runner import Knobs
 from offramp_train.calibrate import Goal, Point, calibrate
 from offramp_train.card import card_text
 from offramp_train.conformal import Guarantee, check_guarantee, on_record
 from offramp_train.curve_plot import check_picture
-from offramp_train.measure import PRECISIONS, has_graphs, subject
+from offramp_train.foresight import forecast_of
+from offramp_train.measure import PRECISIONS, has_graphs, policy_of, subject
 from offramp_train.metrics import metric_of
 from offramp_train.progress import Report
 from offramp_train.quality import CURVE, curve_points, plot
@@ -40,19 +42,24 @@ def recalibrate(
     curve = list(bundle.manifest.curve)
     result: dict[str, Any] = {}
     promised: dict[str, Guarantee | None] = {}
+    forecasts = dict(bundle.manifest.forecasts)
     for runtime in have or ["torch"]:
         key = "fp32" if runtime == "torch" else runtime
         here = subject(bundle, runtime, rows)
         recording = here.record(report, f"recording exits, {runtime}")
         found = calibrate(here.scorer(recording, weights), goal)
         points[key], promised[key] = found.knobs, found.guarantee
+        forecasts[key] = forecast_of(policy_of(bundle), recording, found.knobs)
         mine = curve_points(here, recording, found.knobs, rows.path.name)
         curve = [*(p for p in curve if p.get("precision") != runtime), *mine]
         result[key] = _shown(found, metric)
         report.say(_table(key, found, metric, mine[0]))
-    training = on_record(bundle.manifest.training, promised, rows.path.name)
     manifest = replace(
-        bundle.manifest, operating_points=points, curve=tuple(curve), training=training
+        bundle.manifest,
+        operating_points=points,
+        curve=tuple(curve),
+        training=on_record(bundle.manifest.training, promised, rows.path.name),
+        forecasts=forecasts,
     )
     _renew_card(bundle, manifest, report)
     write_manifest(bundle.path, manifest)

@@ -1,8 +1,21 @@
 """Codecs: hidden states of real tokens to bytes and back.
 
-A codec works on packed rows (N tokens, D): padding never travels. `CODECS` is the table; the name
-is what travels. Integer activations (token ids) always go through `tokens`, floating point ones
-through the codec that the device chose.
+A codec works on packed rows (N tokens, D): padding never travels. `CODECS` is the table of those without
+parameters; the name is what travels. Integer activations (token ids) always go through `tokens`, floating
+point ones through the codec that the device chose.
+
+`Fitted` codecs (fitted.py) have parameters that belong to one bundle and one depth: fewer tokens (kept.py,
+pooled.py), fewer channels (narrow.py), and one of the table's codecs for what is left. Their `name` ends in
+a digest of the parameters, so that two sides with other parameters do not take them for the same;
+their `label` ("pruned-int4") is what people and planners say. What a planner needs, of any codec:
+
+    bundle.codecs(depth)              label -> codec: all that hidden states cut at `depth` may travel by
+    codec.nbytes(n_tokens, width)     the most bytes for one sample of n_tokens; exactly that where
+                                      `codec.fixed_size`, else codec.expected_nbytes(...) is the estimate
+    tokens_left(codec, n_tokens)      tokens that the cloud's layers run on
+    bundle.codec_cost(label, depth)   points of quality (hundredths) below the uncoded model: the most that
+                                      was measured on any data; None where nothing was
+    encode_frame(acts, cut, name, bundle.fitted)   frames.py; `name` is codec.name
 """
 
 from __future__ import annotations
@@ -40,4 +53,10 @@ def get_codec(name: str) -> Codec:
         ) from None
 
 
-__all__ = ["CODECS", "Codec", "Progressive", "get_codec"]
+def tokens_left(codec: Codec, n_tokens: int) -> int:
+    """Tokens of a sample of `n_tokens` that remain after decoding: all, but for fitted codecs."""
+    left = getattr(codec, "tokens_left", None)
+    return n_tokens if left is None else int(left(n_tokens))
+
+
+__all__ = ["CODECS", "Codec", "Progressive", "get_codec", "tokens_left"]
