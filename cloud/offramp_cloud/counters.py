@@ -13,28 +13,41 @@ from offramp_common.activations import Activations, NumpyArray
 class Counters:
     """Written by the compute thread alone.
 
-    requests, rows, tokens   that were run;   failed   requests whose run raised
-    layer_rows               layers run, summed over rows
+    requests, rows, tokens   that were answered;   failed   requests whose layers raised
+    dropped                  rows left out on the way, because nobody waited for them any more
     exits                    rows by the depth at which they left
-    batches                  batches by their number of rows
+    layer_rows, layer_tokens layers run, times the rows and the tokens in them
+    batches                  layers run, by the number of rows that shared them
+    compute_s                in layers and exit heads;   overhead_s   in letting in, choosing,
+                             joining and letting out
     """
 
     requests: int = 0
     failed: int = 0
+    dropped: int = 0
     rows: int = 0
     tokens: int = 0
     layer_rows: int = 0
+    layer_tokens: int = 0
+    compute_s: float = 0.0
+    overhead_s: float = 0.0
     exits: Counter[int] = field(default_factory=Counter)
     batches: Counter[int] = field(default_factory=Counter)
 
-    def add(self, requests: int, acts: Activations[NumpyArray], exit_depth_B: NumpyArray) -> None:
-        """A batch that has run: what went in, and where each row left."""
-        self.requests += requests
+    def ran(self, rows: int, tokens: int, seconds: float) -> None:
+        """One layer, shared by so many rows."""
+        self.layer_rows += rows
+        self.layer_tokens += tokens
+        self.compute_s += seconds
+        if rows:
+            self.batches[rows] += 1
+
+    def answered(self, acts: Activations[NumpyArray], exit_depth_B: NumpyArray) -> None:
+        """A request: what came in, and where each row left."""
+        self.requests += 1
         self.rows += acts.batch_size
         self.tokens += acts.n_tokens
-        self.layer_rows += int(exit_depth_B.sum()) - acts.depth * acts.batch_size
         self.exits.update(exit_depth_B.tolist())
-        self.batches[acts.batch_size] += 1
 
     def to_json(self) -> dict[str, Any]:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}

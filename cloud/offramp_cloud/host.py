@@ -31,6 +31,10 @@ class Host:
     def bundles(self) -> tuple[str, ...]:
         return tuple(self._engines)
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        return tuple(self._engines.values())
+
     async def complete(self, request: bytes, budget_ms: float | None) -> Outcome:
         """`budget_ms`: what the gateway knows of the caller's patience; the shorter one counts."""
         try:
@@ -51,8 +55,11 @@ class Host:
             return failure(error)
 
     def counters(self) -> dict[str, dict[str, Any]]:
-        """Bundle -> its engine's counters, as plain data."""
-        return {name: engine.counters.to_json() for name, engine in self._engines.items()}
+        """Bundle -> its engine's counters and `work_left`, as plain data."""
+        return {
+            name: engine.counters.to_json() | {"work_left": engine.queued_layer_tokens}
+            for name, engine in self._engines.items()
+        }
 
     async def close(self) -> None:
         for engine in self._engines.values():

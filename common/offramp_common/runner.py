@@ -1,14 +1,15 @@
-"""The only loop that runs layers and lets rows leave.
+"""Layers are run, and rows leave.
 
-The device (ONNX Runtime), the torch reference and the cloud's engine give it their own `Layers`;
-what leaves when, and what is carried on, is decided in one place.
+The device (ONNX Runtime) and the torch reference give `run` their own `Layers`. The cloud's engine,
+whose batches are made anew at each layer, has a loop of its own over `step` or `steps`; who leaves, and
+what is carried on, `settle` decides for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol
+from typing import Generic, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,16 @@ class Layers(Protocol[A]):
         ...
 
 
+@runtime_checkable
+class JoinedLayers(Layers[A], Protocol[A]):
+    """Layers that run one layer over many batches at once."""
+
+    def steps(self, parts: Sequence[tuple[Activations[A], Knobs]]) -> list[Step[A]]:
+        """`step` for each of `parts` (at least one, all of one depth): their rows share the layer and
+        know nothing of each other."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaving(Generic[A]):
     """Rows (positions in the batch given to `run`) that left at `depth`, with their answers."""
@@ -82,6 +93,43 @@ class Run(Generic[A]):
     provisional: Leaving[A] | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Settled(Generic[A]):
+    """Rows after a layer: who leaves, and who goes on.
+
+    left   None when nobody leaves
+    acts   of the rows that go on;  rows  their names, as given;  stay  their positions before
+    """
+
+    left: Leaving[A] | None
+    acts: Activations[A]
+    rows: NDArray[np.int64]
+    stay: NDArray[np.int64]
+
+
+def settle(
+    before: Activations[A], step: Step[A], rows: NDArray[np.int64], n_layers: int
+) -> Settled[A]:
+    """Let rows leave after a layer: where the method says so, all of them at `n_layers`.
+
+    `rows` are the caller's names for the rows of `before`, which the layer was given. Nothing else in the
+    project decides who leaves.
+    """
+    acts, look = step.acts, step.look
+    # Our own invariants: a step that stands still would never end.
+    assert acts.depth == before.depth + 1, f"a step from {before.depth} to {acts.depth}"
+    assert acts.batch_size == rows.size, f"{acts.batch_size} rows of {rows.size} after a step"
+    assert look is not None or acts.depth < n_layers, "no exit head at full depth"
+    leave_B = np.zeros(rows.size, bool) if look is None else look.leave_B
+    if acts.depth == n_layers:
+        leave_B = np.ones(rows.size, bool)
+    stay = np.flatnonzero(~leave_B)
+    if look is None or stay.size == rows.size:
+        return Settled(None, acts, rows, stay)
+    left = _leaving(rows, np.flatnonzero(leave_B), acts.depth, look)
+    return Settled(left, acts.take(stay), rows[stay], stay)
+
+
 def run(
     layers: Layers[A],
     acts: Activations[A],
@@ -100,22 +148,15 @@ def run(
     provisional: Leaving[A] | None = None
     while acts.depth < stop and rows.size:
         step = layers.step(acts, knobs)
-        # Our own invariants: a step that stands still would never end.
-        assert step.acts.depth == acts.depth + 1, f"a step from {acts.depth} to {step.acts.depth}"
-        acts, look = step.acts, step.look
-        assert acts.batch_size == rows.size, f"{acts.batch_size} rows of {rows.size} after a step"
-        assert look is not None or acts.depth < layers.n_layers, "no exit head at full depth"
-        if look is None:
-            continue
-        if observe is not None:
-            observe(acts.depth, rows, look)
-        leave_B = np.ones(rows.size, bool) if acts.depth == layers.n_layers else look.leave_B
-        gone, stay = np.flatnonzero(leave_B), np.flatnonzero(~leave_B)
-        if gone.size:
-            left.append(_leaving(rows, gone, acts.depth, look))
-        provisional = _leaving(rows, stay, acts.depth, look) if stay.size else None
-        if gone.size:
-            rows, acts = rows[stay], acts.take(stay)
+        if step.look is not None and observe is not None:
+            observe(step.acts.depth, rows, step.look)
+        settled = settle(acts, step, rows, layers.n_layers)
+        if settled.left is not None:
+            left.append(settled.left)
+        if step.look is not None:
+            stay, depth = settled.stay, step.acts.depth
+            provisional = _leaving(rows, stay, depth, step.look) if stay.size else None
+        acts, rows = settled.acts, settled.rows
     return Run(tuple(left), acts if rows.size else None, rows, provisional)
 
 

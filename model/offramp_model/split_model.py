@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,19 +126,25 @@ class TorchLayers:
         hidden_BTD = acts.hidden_BTD if acts.depth else model.backbone.embed(acts.hidden_BTD)
         longest = hidden_BTD.shape[1]
         padded = bool((acts.lengths_B < longest).any())
-        mask_BT = torch.from_numpy(mask_of(acts.lengths_B, longest)).to(self.device)
+        mask_BT = self._mask(acts) if padded else None
         hidden_BTD = model.backbone.run_layers(
-            hidden_BTD, mask_BT if padded else None, depth - 1, depth
+            hidden_BTD, mask_BT, depth - 1, depth, acts.positions_BT
         )
-        acts = replace(acts, hidden_BTD=hidden_BTD, depth=depth)
+        return self.look(replace(acts, hidden_BTD=hidden_BTD, depth=depth), knobs)
+
+    @torch.inference_mode()
+    def look(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
+        """What the exit head at `acts.depth`, if there is one, makes of rows whose layer has run."""
+        model, depth = self.model, acts.depth
         head = model.head(depth)
         if head is None:
             return Step(acts, None)
+        mask_BT = self._mask(acts)
         here = {
             name: torch.tensor(values[depth - 1], dtype=torch.float32, device=self.device)
             for name, values in knobs.items()
         }
-        decision, outputs = head(hidden_BTD, mask_BT, {**acts.state, **acts.token_state}, here)
+        decision, outputs = head(acts.hidden_BTD, mask_BT, {**acts.state, **acts.token_state}, here)
         look: Look[Tensor] | None = Look(
             decision.leave_B.cpu().numpy(),
             decision.answer,
@@ -151,6 +157,10 @@ class TorchLayers:
         state = {name: decision.state[name] for name, f in fields.items() if not f.per_token}
         token_state = {name: decision.state[name] for name, f in fields.items() if f.per_token}
         return Step(replace(acts, state=state, token_state=token_state), look)
+
+    def _mask(self, acts: Activations[Tensor]) -> Tensor:
+        mask_BT = mask_of(acts.lengths_B, acts.hidden_BTD.shape[1])
+        return torch.from_numpy(mask_BT).to(self.device)
 
 
 def to_torch(
@@ -174,6 +184,47 @@ def to_numpy(acts: Activations[Tensor]) -> Activations[NumpyArray]:
     return _converted(acts, convert)
 
 
+def join_tensors(parts: Sequence[Activations[Tensor]]) -> Activations[Tensor]:
+    """As activations.join, for parts (at least one) that are known to fit each other: of one depth, with
+    equally named state."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    lengths_B = np.concatenate([part.lengths_B for part in parts])
+    positions_BT = None
+    if any(part.positions_BT is not None for part in parts):
+        positions_BT = _tokens_joined([_positions(part) for part in parts])
+    return Activations(
+        _tokens_joined([part.hidden_BTD for part in parts]),
+        lengths_B,
+        first.depth,
+        {name: torch.cat([part.state[name] for part in parts]) for name in first.state},
+        {name: _tokens_joined([p.token_state[name] for p in parts]) for name in first.token_state},
+        positions_BT,
+    )
+
+
+def _tokens_joined(arrays: Sequence[Tensor]) -> Tensor:
+    """(B, T, ...) from parts of other lengths; what is beyond a part's own becomes zeros."""
+    longest = max(array.shape[1] for array in arrays)
+    if all(array.shape[1] == longest for array in arrays):
+        return torch.cat(list(arrays))
+    rows = sum(array.shape[0] for array in arrays)
+    out = arrays[0].new_zeros(rows, longest, *arrays[0].shape[2:])
+    start = 0
+    for array in arrays:
+        out[start : start + array.shape[0], : array.shape[1]] = array
+        start += array.shape[0]
+    return out
+
+
+def _positions(acts: Activations[Tensor]) -> Tensor:
+    if acts.positions_BT is not None:
+        return acts.positions_BT
+    rows, longest = acts.hidden_BTD.shape[:2]
+    return torch.arange(longest, device=acts.hidden_BTD.device).expand(rows, longest)
+
+
 def _converted(acts: Activations[Any], convert: Any) -> Activations[Any]:
     return Activations(
         convert(acts.hidden_BTD),
@@ -181,4 +232,5 @@ def _converted(acts: Activations[Any], convert: Any) -> Activations[Any]:
         acts.depth,
         {name: convert(value) for name, value in acts.state.items()},
         {name: convert(value) for name, value in acts.token_state.items()},
+        None if acts.positions_BT is None else convert(acts.positions_BT),
     )

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from offramp_common import bundle as layout
 from offramp_common.activations import NumpyArray
-from offramp_common.bundle import Bundle, Manifest, write_manifest
+from offramp_common.bundle import Bundle, write_manifest
 from offramp_common.errors import BundleError, ConfigError
+from offramp_common.manifest import Manifest
 from offramp_common.runner import Knobs
 from offramp_common.spec import never_exit
 from offramp_common.weights import Stored, quantise_linear, quantise_table, unpack_weights
@@ -47,6 +48,7 @@ def save_model(path: Path, model: MultiExitModel, tokenizer_json: str, about: Ab
     path.mkdir(parents=True, exist_ok=True)
     # Graphs of other weights must not outlive them: their initialisers point into the new file.
     shutil.rmtree(path / layout.GRAPHS, ignore_errors=True)
+    (path / layout.CODEC_WEIGHTS).unlink(missing_ok=True)  # fitted to the weights that were
     tensors, stored, aliases = _pack(model)
     save_file(tensors, path / layout.WEIGHTS)
     (path / layout.TOKENIZER).write_text(tokenizer_json)

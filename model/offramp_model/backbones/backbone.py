@@ -69,18 +69,35 @@ class Backbone(nn.Module):
         return hidden
 
     def run_layers(
-        self, hidden_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int
+        self,
+        hidden_BTD: Tensor,
+        mask_BT: Tensor | None,
+        start: int,
+        stop: int,
+        positions_BT: Tensor | None = None,
     ) -> Tensor:
-        """Run [start, stop). mask_BT None means that every token is real."""
+        """Run [start, stop). mask_BT None means that every token is real; positions_BT None that tokens
+        stand at 0, 1, 2, ... (families that read positions in their layers want to know)."""
         bias_B11T = None
         if mask_BT is not None:
             lowest = torch.finfo(hidden_BTD.dtype).min
             bias_B11T = torch.zeros_like(mask_BT, dtype=hidden_BTD.dtype)
             bias_B11T = bias_B11T.masked_fill(~mask_BT, lowest)[:, None, None, :]
         for index in range(start, stop):
-            hidden_BTD = self.run_layer(self.layers[index], hidden_BTD, bias_B11T)
+            hidden_BTD = self.run_layer(self.layers[index], hidden_BTD, bias_B11T, positions_BT)
         return hidden_BTD
 
-    def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, bias_B11T: Tensor | None) -> Tensor:
+    def run_layer(
+        self,
+        layer: nn.Module,
+        hidden_BTD: Tensor,
+        bias_B11T: Tensor | None,
+        positions_BT: Tensor | None,
+    ) -> Tensor:
         hidden: Tensor = layer(hidden_BTD, bias_B11T)
         return hidden
+
+    def attention_bias(self, hidden_BTD: Tensor, positions_BT: Tensor | None) -> Tensor | None:
+        """What every layer adds to its attention scores, (1 or B, heads, T, T), where the family has it;
+        of `hidden_BTD` only the shape and the place count."""
+        return None

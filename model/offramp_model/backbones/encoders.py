@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offramp_common.errors import ConfigError
 from offramp_model.backbones.backbone import Backbone
+from offramp_model.backbones.mpnet import mpnet
 
 
 def _bert(model: Any) -> Backbone:
@@ -112,51 +113,13 @@ def _electra(model: Any) -> Backbone:
     )
 
 
-class _RelativePositions(nn.Module):
-    """MPNet adds a bias by distance to every layer's attention scores."""
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        self.relative_attention_bias = encoder.relative_attention_bias
-        # Kept out of the module tree: only its function is wanted, its parameters are listed above.
-        self._bias = [encoder.compute_position_bias]
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        bias: Tensor = self._bias[0](hidden_BTD)
-        return bias
-
-
-class _MPNet(Backbone):
-    family = "mpnet"
-
-    def embed_ids(self, ids_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
-        hidden: Tensor = self.embeddings(input_ids=ids_BT)
-        return hidden
-
-    def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, bias_B11T: Tensor | None) -> Tensor:
-        hidden: Tensor = layer(hidden_BTD, bias_B11T, self.shared(hidden_BTD))[0]
-        return hidden
-
-
-def _mpnet(model: Any) -> Backbone:
-    config = model.config
-    return _MPNet(
-        model.embeddings,
-        model.encoder.layer,
-        config,
-        width=config.hidden_size,
-        max_tokens=config.max_position_embeddings - 2,  # the padding id is 1
-        shared=_RelativePositions(model.encoder),
-    )
-
-
 FAMILIES: dict[str, Callable[[Any], Backbone]] = {
     "bert": _bert,
     "roberta": _roberta,
     "distilbert": _distilbert,
     "albert": _albert,
     "electra": _electra,
-    "mpnet": _mpnet,
+    "mpnet": mpnet,
 }
 
 

@@ -1,0 +1,264 @@
+"""The elevator: rows that wait at different depths share one way up.
+
+It runs one layer at a time. From wherever it is it takes along whoever waits at that depth, lets out whoever
+may leave, and goes on to the next depth with anybody there; at the top it starts again from the lowest. Who
+came in below meanwhile is fetched first only where that is worth it (costs.Meeting). No clock is
+waited for, and nobody leaves early for the sake of a batch.
+
+A plain object for one thread, without asyncio: the engine runs it, and tests turn its clock.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from offramp_cloud.costs import Group, LayerCost, Survival, meeting
+from offramp_cloud.counters import Counters
+from offramp_cloud.riders import Riders, Trip, boarded, fits, fitting, joined
+from offramp_cloud.waiting import Load, Request
+from offramp_common.activations import Activations
+from offramp_common.runner import JoinedLayers, Knobs, Layers, Step, settle
+from offramp_common.transport import Completion
+
+_ALL_LEARNED = 64  # layers whose time teaches what a layer costs; afterwards
+_LEARNED_EVERY = 4  # one in so many does
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Done:
+    """A request that is over: answered, or failed by an exception of its own."""
+
+    request: Request
+    outcome: Completion | Exception
+
+
+class Elevator:
+    """board(), then run() while not idle."""
+
+    def __init__(
+        self,
+        layers: Layers[Tensor],
+        load: Load,
+        counters: Counters,
+        *,
+        exits: Sequence[int] | None = None,
+        device: str = "cpu",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`exits`: depths whose predictions each request is told, None for none."""
+        self._layers, self._load, self._counters = layers, load, counters
+        self._steps = layers.steps if isinstance(layers, JoinedLayers) else partial(_each, layers)
+        self._exits, self._device, self._clock = exits, device, clock
+        self._floors: dict[int, list[Riders]] = {}
+        self._at = 0
+        self._riding: list[Trip] = []
+        self._layers_run = 0
+        self.cost = LayerCost()
+        self._survival = Survival(layers.n_layers)
+        self.work_left = 0
+        """Layers x tokens before it, as far as rows are expected to go."""
+        self.boarded = 0
+        """Layers x tokens of all that ever boarded, to the top."""
+
+    @property
+    def idle(self) -> bool:
+        return not self._floors
+
+    def board(self, request: Request) -> None:
+        """Take a request in at its depth."""
+        began_s = self._clock()
+        depth = request.acts.depth
+        exits = None if self._exits is None else [e for e in self._exits if e > depth]
+        riders = boarded(Trip(request, exits), self._load, self._device)
+        self._floors.setdefault(depth, []).extend(riders)
+        work = request.work(self._layers.n_layers)
+        self.boarded += work
+        self.work_left += work  # counted anew with every layer
+        self._counters.overhead_s += self._clock() - began_s
+
+    def run(self) -> list[Done]:
+        """Run one layer for the rows of one depth, and say which requests are over with it."""
+        now_s = self._clock()
+        self._drop_unwanted(now_s)
+        if self.idle:
+            self._count_work()
+            return []
+        floor = self._next_floor(now_s)
+        chosen = self._chosen(floor, now_s)
+        trips = self._riding = _trips(chosen)
+        parts = joined(chosen, self._load)
+        for trip in trips:
+            trip.request.started = True
+        self._at = floor + 1
+        began_s = self._clock()
+        stepped, failed = self._step(parts)
+        took_s = self._clock() - began_s
+        self._learn(stepped, took_s)
+        for trip in trips:
+            trip.ran_s += took_s
+        done: list[Done] = []
+        for trip, error in failed.items():
+            trip.request.unwanted = True  # rows of it may wait on other floors
+            self._counters.failed += 1
+            done.append(Done(trip.request, error))
+        for riders, step in stepped:
+            self._settle(riders, step)
+        ended_s = self._clock()
+        for trip in trips:
+            if not trip.open_rows:
+                self._counters.answered(trip.request.acts, trip.depth_B)
+                done.append(Done(trip.request, trip.completion(ended_s)))
+        self._riding = []
+        self._count_work()
+        self._counters.overhead_s += self._clock() - now_s - took_s
+        return done
+
+    def abandon(self) -> list[Request]:
+        """Drop everything, also what a layer was run for when run() raised; whose it was."""
+        waiting = [riders for floor in self._floors.values() for riders in floor]
+        trips = dict.fromkeys([*self._riding, *_trips(waiting)])
+        self._floors.clear()
+        self._riding = []
+        self._count_work()
+        return [trip.request for trip in trips]
+
+    def _chosen(self, floor: int, now_s: float) -> list[Riders]:
+        """Take those who run next from their floor: all, or who goes first where not all find room."""
+        waiting = self._floors.pop(floor)
+        if fits(_total(waiting), self._load):
+            return waiting
+        waiting.sort(key=lambda riders: self._rank(riders, now_s))
+        chosen, rest = fitting(waiting, self._load)
+        self._put(floor, rest)
+        return chosen
+
+    def _put(self, floor: int, waiting: list[Riders]) -> None:
+        if waiting:
+            self._floors[floor] = waiting
+        else:
+            self._floors.pop(floor, None)
+
+    def _drop_unwanted(self, now_s: float) -> None:
+        for floor, waiting in list(self._floors.items()):
+            if all(trip.request.wanted(now_s) for riders in waiting for trip in riders.trips):
+                continue
+            left = [kept for kept in (riders.wanted(now_s) for riders in waiting) if kept]
+            self._counters.dropped += _total(waiting).rows - _total(left).rows
+            self._put(floor, left)
+
+    def _next_floor(self, now_s: float) -> int:
+        above = sorted(floor for floor in self._floors if floor >= self._at)
+        below = sorted(floor for floor in self._floors if floor < self._at)
+        if not above or not below:
+            return (above or below)[0]
+        return below[0] if self._fetch(below, above, now_s) else above[0]
+
+    def _fetch(self, below: list[int], above: list[int], now_s: float) -> bool:
+        """Whether those below come first. Rank decides, then deadlines, then the sum of all waits."""
+        mine, theirs = self._requests(below), self._requests(above)
+        age = self._load.max_age_s
+        first_below = min(request.rank(now_s, age)[0] for request in mine)
+        first_above = min(request.rank(now_s, age)[0] for request in theirs)
+        if first_below != first_above:
+            return first_below < first_above
+        if first_above == -math.inf:
+            return False
+        meet = above[0]
+        lower = [(floor, _total(self._floors[floor])) for floor in below]
+        shared = self._survival.layers(meet)
+        plan = meeting(self.cost, lower, _total(self._floors[meet]), meet, shared)
+        if not fits(plan.below.plus(plan.upper), self._load):
+            return False  # they could not share a layer
+        rescued = plan.rescues(_slack_s(mine, now_s), _slack_s(theirs, now_s))
+        return plan.worth if rescued is None else rescued
+
+    def _requests(self, floors: Sequence[int]) -> list[Request]:
+        waiting = (riders for floor in floors for riders in self._floors[floor])
+        return [trip.request for riders in waiting for trip in riders.trips]
+
+    def _rank(self, riders: Riders, now_s: float) -> tuple[float, float, float]:
+        return min(trip.request.rank(now_s, self._load.max_age_s) for trip in riders.trips)
+
+    def _step(
+        self, parts: Sequence[Riders]
+    ) -> tuple[list[tuple[Riders, Step[Tensor]]], dict[Trip, Exception]]:
+        """The parts after one layer; and the trips that have failed in it, whose rows are gone."""
+        given = [(riders.acts, dict(riders.knobs)) for riders in parts]
+        try:
+            steps = self._steps(given)
+            return list(zip(parts, steps, strict=True)), {}
+        except Exception as error:  # noqa: BLE001 - becomes that request's own
+            trips = _trips(parts)
+            if len(trips) == 1:
+                return [], dict.fromkeys(trips, error)
+        # One of them may have poisoned the others: each goes up this floor alone.
+        stepped: list[tuple[Riders, Step[Tensor]]] = []
+        failed: dict[Trip, Exception] = {}
+        for trip in trips:
+            own = [
+                riders.take(np.flatnonzero(riders.trip_B == trip))
+                for riders in parts
+                if trip in riders.trips
+            ]
+            more, broken = self._step(own)
+            stepped, failed = stepped + more, failed | broken
+        return stepped, failed
+
+    def _settle(self, riders: Riders, step: Step[Tensor]) -> None:
+        if self._exits is not None and step.look is not None:
+            riders.note(step.look)
+        rows = np.arange(riders.acts.batch_size)
+        settled = settle(riders.acts, step, rows, self._layers.n_layers)
+        left = 0 if settled.left is None else settled.left.rows.size
+        self._survival.saw(riders.acts.depth, rows.size, left)
+        if settled.left is not None:
+            riders.leave(settled.left)
+        if settled.rows.size:
+            stay = settled.stay
+            going = Riders(settled.acts, riders.knobs, riders.trip_B[stay], riders.row_B[stay])
+            self._floors.setdefault(going.acts.depth, []).append(going)
+
+    def _learn(self, stepped: Sequence[tuple[Riders, Step[Tensor]]], took_s: float) -> None:
+        group = _total([riders for riders, _ in stepped])
+        self._layers_run += 1
+        if self._layers_run <= _ALL_LEARNED or self._layers_run % _LEARNED_EVERY == 0:
+            self.cost.saw(group, took_s)
+        self._counters.ran(group.rows, group.tokens, took_s)
+
+    def _count_work(self) -> None:
+        layers = self._survival.layers
+        work = sum(layers(floor) * _total(riders).tokens for floor, riders in self._floors.items())
+        self.work_left = round(work)
+
+
+def _trips(waiting: Iterable[Riders]) -> list[Trip]:
+    """Each once, in order."""
+    return list(dict.fromkeys(trip for riders in waiting for trip in riders.trips))
+
+
+def _total(waiting: Sequence[Riders]) -> Group:
+    rows = tokens = 0
+    for riders in waiting:
+        rows += riders.group.rows
+        tokens += riders.group.tokens
+    return Group(rows, tokens)
+
+
+def _slack_s(requests: Sequence[Request], now_s: float) -> float:
+    """Until the first deadline; infinite where there is none."""
+    deadlines = [request.deadline_s for request in requests if request.deadline_s is not None]
+    return min(deadlines, default=math.inf) - now_s
+
+
+def _each(
+    layers: Layers[Tensor], parts: Sequence[tuple[Activations[Tensor], Knobs]]
+) -> list[Step[Tensor]]:
+    """For layers that cannot be shared by batches."""
+    return [layers.step(acts, knobs) for acts, knobs in parts]
