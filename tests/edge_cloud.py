@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 
 from offramp_cloud.backends import LocalBackend
-from offramp_cloud.engine import load_engine
+from offramp_cloud.engine import Engine, load_engine
 from offramp_cloud.gateway import Gateway, GatewaySettings
 from offramp_cloud.host import Host
 from offramp_cloud.served import Served
+from offramp_cloud.statuses import Outcome
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
 from offramp_common.runner import Knobs, Step
@@ -36,12 +37,27 @@ class TorchAsNumpy:
         return Step(to_numpy(step.acts), look)
 
 
+class Holding(LocalBackend):
+    """Does no work while `free` is cleared."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.free = asyncio.Event()
+        self.free.set()
+
+    async def complete(self, *work: Any, **how: Any) -> Outcome:
+        await self.free.wait()
+        return await super().complete(*work, **how)
+
+
 @dataclass
 class Cloud:
     """A gateway over engines in this process."""
 
     address: str
     gateway: Gateway
+    engine: Engine
+    backend: Holding
     served: list[Served] = field(default_factory=list)
 
     async def stop(self) -> None:
@@ -58,10 +74,11 @@ async def cloud_of(
     listen: str = "127.0.0.1:0",
     credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[Cloud]:
-    backend = LocalBackend(Host([load_engine(bundle.path)]))
+    engine = load_engine(bundle.path)
+    backend = Holding(Host([engine]))
     served: list[Served] = []
     gateway = Gateway(GatewaySettings(listen=listen), credentials, [served.append])
-    cloud = Cloud(gateway.bind(), gateway, served)
+    cloud = Cloud(gateway.bind(), gateway, engine, backend, served)
     try:
         await gateway.start(backend)
         yield cloud

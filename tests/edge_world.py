@@ -4,6 +4,7 @@ frames around toy layers (toy.py), with a cloud that fails as it is told."""
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from toy import CLASSES, NEVER, ToyLayers, inputs
 from virtual_time import VirtualLoop, VirtualThread, run_virtual
 
 from offramp_common.activations import Activations, NumpyArray
-from offramp_common.bundle import Bundle, Manifest
+from offramp_common.bundle import Bundle
 from offramp_common.errors import (
     BundleMismatch,
     CloudBusy,
@@ -26,15 +27,19 @@ from offramp_common.errors import (
     UnknownCodec,
 )
 from offramp_common.frames import Limits, decode_frame
+from offramp_common.manifest import Manifest
 from offramp_common.runner import Knobs, Step, run
 from offramp_common.spec import KnobSpec, TaskSpec
 from offramp_common.text import Text
 from offramp_common.transport import Completion, Hello, Offload, Welcome
 from offramp_edge.agent import Agent
-from offramp_edge.answers import Failed, Sample
+from offramp_edge.answers import Answer, Failed, Sample
 from offramp_edge.device import Device
+from offramp_edge.planning import FixedPlan, Planner
+from offramp_edge.resend import Resender
 from offramp_edge.session import CloudSession
 from offramp_edge.settings import EdgeSettings, plan_for
+from offramp_edge.spool import Spool
 from offramp_edge.stream import Result, Stream
 
 LAYERS = ToyLayers()
@@ -109,6 +114,7 @@ class FakeCloud:
     loop: VirtualLoop
     mode: str = "up"
     slow_s: float = 5.0
+    retry_after_ms: float = 0.0
     knobs: Knobs = field(default_factory=lambda: LAYERS.knobs())
     codecs: tuple[str, ...] = CODECS
     limits: Limits = field(default_factory=Limits)
@@ -149,7 +155,7 @@ class FakeCloud:
             await asyncio.sleep(SILENT)
         if not at_hello:
             errors: dict[str, Exception] = {
-                "busy": CloudBusy("full"),
+                "busy": CloudBusy("full", self.retry_after_ms),
                 "mismatch": BundleMismatch("another model: update one"),
                 "codec": UnknownCodec("no such codec"),
                 "refused": RequestError("not like this"),
@@ -175,10 +181,10 @@ class TimedLayers:
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
-        self.runs = 0
+        self.runs, self.factor = 0, 1.0
 
     def step(self, acts: Activations[NumpyArray], knobs: Knobs) -> Step[NumpyArray]:
-        self._loop.work(LAYER_S)
+        self._loop.work(self.factor * LAYER_S)
         self.runs += 1
         return LAYERS.step(acts, knobs)
 
@@ -192,6 +198,11 @@ class World:
     agent: Agent
     layers: TimedLayers
     settings: EdgeSettings
+
+    @property
+    def resender(self) -> Resender:
+        assert self.agent.resender is not None
+        return self.agent.resender
 
     @property
     def breaker(self) -> Any:
@@ -224,17 +235,23 @@ async def _source(given: Iterable[Any]) -> AsyncGenerator[Sample | Failed, None]
 def in_world(
     scenario: Any,
     *,
-    split: int = 3,
+    split: int | None = 3,
     knob: float = 0.25,
     mode: str = "up",
     cloud: Mapping[str, Any] | None = None,
     choose: Callable[[], Knobs] | None = None,
+    planner: Planner | None = None,
+    spool: Path | None = None,
+    on_final: Callable[[Answer], None] | None = None,
     **settings: Any,
 ) -> World:
     """Run `scenario(world)` on a virtual clock, after the first handshake if that is going to end
-    well; `cloud` are fields of FakeCloud, `settings` of EdgeSettings, `choose` is the agent's."""
+    well; `cloud` are fields of FakeCloud, `settings` of EdgeSettings (no
+    deadline, no hedges), `choose` and `planner` are the agent's."""
     loop = VirtualLoop()
-    chosen = EdgeSettings(split=split, **settings)
+    chosen = EdgeSettings(
+        **{"split": split, "deadline_ms": None, "hedge_after": math.inf, **settings}
+    )
     bundle = toy_bundle(knob=knob)
     plan = plan_for(bundle, chosen)
     fake = FakeCloud(loop, mode, **{"knobs": LAYERS.knobs(knob), **(cloud or {})})
@@ -243,9 +260,17 @@ def in_world(
     async def main() -> World:
         device = Device(layers, encode, plan.knobs, loop, VirtualThread(loop))
         session = None
-        if split < N:
+        if plan.depths:
             session = CloudSession(fake, bundle, plan, chosen, loop, random.Random(0))
-        agent = Agent(bundle, device, session, plan.split, chosen, loop, choose)
+        way = planner or FixedPlan(plan.split, "")
+        resender = None
+        if spool is not None and session is not None:
+            kept = Spool(spool, 2**20)
+            resender = Resender(
+                kept, session.breaker, random.Random(1), on_final, VirtualThread(loop)
+            )
+        rng = random.Random(2)
+        agent = Agent(bundle, device, session, way, chosen, loop, choose, rng, resender)
         world = World(loop, fake, agent, layers, chosen)
         await agent.start()
         if mode == "up" and session is not None:

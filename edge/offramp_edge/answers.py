@@ -35,12 +35,14 @@ class Sample:
     id           comes back with the answer; empty: the worker numbers it
     deadline_ms  from when the worker takes it; None: the settings' own
     traceparent  W3C trace context, sent along
+    ref          plain data by which the spool's final answer names it, where that is not `id`
     """
 
     text: Text
     id: str = ""
     deadline_ms: float | None = None
     traceparent: str = ""
+    ref: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,16 @@ class Answer:
     where        "device": the sample left there as it should; "cloud": it was finished there;
                  "fallback": the device answered because the cloud did not
     reason       why it is a fallback (a key of REASONS), else empty
-    split        layers that the device was to run; the model's depth where it runs all
+    split        the depth at which it was sent to the cloud; the model's where it was not
+    complete     what the whole model says: False for a provisional answer, and for a fallback that had no
+                 time for all layers (or was not to run them)
+    hedge        who was first where both had it, the device running on while the cloud was late: "cloud" or
+                 "device"; empty where the device did not
     confidence   the exit method's, in [0, 1]
     ms           from when the worker took the sample until it was answered
     bytes_up     the request as serialized, frame and envelope (HTTP/2 and TLS come on top); also
                  where it was sent in vain
+    spooled      kept on disk: its final answer follows when the cloud is back
     exit_classes   what the exits it passed predicted, shallowest first, -1 for none (logits that were
                  not numbers); empty unless its exit was chosen before it ran
     """
@@ -81,6 +88,7 @@ class Answer:
     where: str
     reason: str
     split: int
+    complete: bool
     confidence: float
     ms: float
     stages_ms: Stages = field(default_factory=Stages)
@@ -88,13 +96,23 @@ class Answer:
     bytes_down: int = 0
     logits: tuple[float, ...] | None = None
     exit_classes: tuple[int, ...] = ()
+    hedge: str = ""
+    spooled: bool = False
+
+    @property
+    def provisional(self) -> bool:
+        """Another answer follows at once or by the deadline."""
+        return self.reason == "provisional"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `logits` only where they were asked for. JSON has no NaN and no infinity:
         they become None."""
         value = asdict(self)
-        if not self.exit_classes:
-            del value["exit_classes"]
+        for name in ("exit_classes", "hedge", "spooled"):
+            if not value[name]:
+                del value[name]
+        if self.provisional:
+            value["provisional"] = True
         value["ms"] = round(self.ms, 3)
         value["stages_ms"] = {name: round(ms, 3) for name, ms in value["stages_ms"].items()}
         value["confidence"] = _finite(self.confidence)

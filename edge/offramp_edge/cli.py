@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +35,24 @@ def _add_run(actions: Any) -> None:
     run.add_argument("--input", default="-", metavar="FILE", help="- (default): standard input")
     run.add_argument("--output", default="-", metavar="FILE", help="- (default): standard output")
     run.add_argument("--unordered", action="store_true", help="write answers as they finish")
+    run.add_argument(
+        "--provisional",
+        action="store_true",
+        help='for a sample that is sent, first a line with the answer of this device ("provisional": true); '
+        "as --unordered",
+    )
+    run.add_argument(
+        "--spool-wait",
+        type=float,
+        metavar="S",
+        help="after the input's end wait so long for the spool to empty",
+    )
     run.add_argument("--json", metavar="FILE", help="write the summary as JSON (- for stdout)")
+    run.add_argument(
+        "--explain",
+        action="store_true",
+        help="at the end, the table by which samples were kept here or sent (also into --json)",
+    )
     run.set_defaults(run=_run)
 
 
@@ -61,13 +80,38 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to answer (all of it, and more, also in --config)")
     how.add_argument("--config", metavar="FILE.toml", help="settings; options here win")
     how.add_argument("--deadline-ms", type=float, metavar="N", help="answer within so long")
+    plans = (
+        "where samples are cut: auto (default), fixed (with --split), or by a rule to compare with"
+    )
+    how.add_argument("--plan", metavar="NAME", help=f"{plans} (neurosurgeon, spinn, splitee)")
     how.add_argument("--split", type=int, metavar="K", help="layers run here; 0 sends the input")
+    how.add_argument(
+        "--min-split", type=int, metavar="K", help="1: the input never leaves this device"
+    )
     codecs = "of hidden states: fp32, fp16, bf16, int8, int4, int8+z, int4+z"
     how.add_argument("--codec", metavar="NAME", help=codecs)
     how.add_argument("--precision", metavar="NAME", help="of the layers here: fp32, int8")
     how.add_argument("--no-exits", action="store_true", help="no sample leaves early")
+    how.add_argument(
+        "--spool",
+        metavar="DIR",
+        help="keep samples without a complete answer there until the cloud is back; final answers are "
+        "appended to DIR/answers.jsonl, each once",
+    )
+    how.add_argument(
+        "--spool-mb", type=float, metavar="N", help="beyond it the oldest are dropped (default: 64)"
+    )
     how.add_argument("--logits", action="store_true", help="answers carry their logits")
     parser.add_argument("--verbose", action="store_true", help="a line for each answer to stderr")
+    parser.add_argument(
+        "--trace",
+        metavar="SINK",
+        help="note where samples' time goes: a FILE for JSON lines, or otlp for a collector "
+        "(OTEL_EXPORTER_OTLP_ENDPOINT)",
+    )
+
+
+_PLANNED = ("plan", "split", "min_split", "codec")
 
 
 def worker_from(args: argparse.Namespace) -> EdgeWorker:
@@ -78,13 +122,23 @@ def worker_from(args: argparse.Namespace) -> EdgeWorker:
     settings = EdgeSettings.from_toml(args.config) if args.config else EdgeSettings()
     given = {
         name: getattr(args, name)
-        for name in ("deadline_ms", "split", "codec", "precision")
+        for name in (*_PLANNED, "deadline_ms", "precision", "spool", "spool_mb")
         if getattr(args, name) is not None
     }
     given |= {"exits": False} if args.no_exits else {}
     given |= {"logits": True} if args.logits else {}
     tls = {name: getattr(args, name) for name in ("ca", "cert", "key", "insecure")}
     return EdgeWorker(args.bundle, args.cloud, settings=settings, **tls, **given)
+
+
+@contextmanager
+def traced(worker: EdgeWorker, sink: str | None) -> Iterator[None]:
+    """Note the worker's samples meanwhile, where that is asked for. Raises ConfigError as tracer_to."""
+    from offramp_common.tracing import tracer_to
+
+    with tracer_to(sink, "offramp-edge") as tracer:
+        worker.agent.tracer = tracer
+        yield
 
 
 def log_to_stderr(verbose: bool) -> None:

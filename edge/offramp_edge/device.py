@@ -2,7 +2,8 @@
 
 Samples are run alone: on one core a batch costs what its rows cost one after another, and each row
 would wait for the others. Between layers the deadline is looked at, so a sample that is late stops
-at the deepest exit it has passed.
+at the deepest exit it has passed. Behind each exit the planner says in the same thread, without a way
+back to the event loop, how far to go.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from offramp_common.clock import Clock
 from offramp_common.exit_classes import classes_of
 from offramp_common.runner import Knobs, Layers, Leaving, run
 from offramp_common.text import Text
+from offramp_edge.planning import Choice
+from offramp_edge.turn import Turn
 
 R = TypeVar("R")
 Encode = Callable[[Sequence[Text]], Activations[NumpyArray]]
@@ -52,6 +55,7 @@ class Progress:
     late      the deadline stopped it before the depth that was asked for
     began_s, ended_s   on the clock, of the latest stretch
     knobs     the sample's own, where its exit was chosen beforehand
+    codec     by which the rest is to be sent, as the planner has it; empty: the two sides' usual one
     """
 
     rest: Activations[NumpyArray] | None
@@ -60,6 +64,12 @@ class Progress:
     began_s: float
     ended_s: float
     knobs: Knobs | None = None
+    codec: str = ""
+
+
+Choose = Callable[[Activations[NumpyArray], Passed | None, float], Choice]
+"""How far to run, given what is left, the deepest exit passed and the time on the clock. Called in the
+device's thread: at the start, behind every exit, and at the depth that it chose."""
 
 
 class LayerTimes:
@@ -85,8 +95,7 @@ class LayerTimes:
 
 
 class Device:
-    """Runs layers for one sample after another. `turn` is held by whoever's sample is running; it
-    is fair, so that no sample is overtaken."""
+    """Runs layers for one sample after another. `turn` is held by whoever's sample is running."""
 
     def __init__(
         self,
@@ -98,25 +107,26 @@ class Device:
     ) -> None:
         """`executor` has one thread: layers are never run by two at once."""
         self.n_layers = layers.n_layers
-        self.turn = asyncio.Lock()
+        self.turn = Turn()
         self.times = LayerTimes(layers.n_layers)
         self._layers, self._encode, self._knobs = layers, encode, knobs
         self._clock, self._executor = clock, executor
 
     async def begin(
-        self, text: Text, stop: int, until_s: float, knobs: Knobs | None = None
+        self, text: Text, choose: Choose, until_s: float, knobs: Knobs | None = None
     ) -> Progress:
-        """Tokenize and run [0, stop), or less where the clock would pass `until_s`. `knobs` are the
-        sample's own, where its exit was chosen beforehand.
+        """Tokenize and run as far as `choose` says, or less where the clock would pass `until_s`.
+        `knobs` are the sample's own, where its exit was chosen beforehand.
 
         Raises ConfigError when the text is not what the model takes."""
-        return await self._in_thread(lambda: self._begin(text, stop, until_s, knobs))
+        return await self._in_thread(lambda: self._begin(text, choose, until_s, knobs))
 
     async def go_on(self, progress: Progress, stop: int, until_s: float) -> Progress:
         """Run the rest of `progress` up to `stop`, or to an exit before `until_s`; where no exit
-        was passed yet, to the first one at least."""
+        was passed yet, at least to the first one on the way."""
+        choice = Choice(stop)
         return await self._in_thread(
-            lambda: self._advance(progress, stop, until_s, self._clock.now())
+            lambda: self._advance(progress, lambda *_: choice, until_s, self._clock.now())
         )
 
     async def warm_up(self, text: Text) -> None:
@@ -127,28 +137,41 @@ class Device:
     async def _in_thread(self, call: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
-    def _begin(self, text: Text, stop: int, until_s: float, knobs: Knobs | None) -> Progress:
+    def _begin(self, text: Text, choose: Choose, until_s: float, knobs: Knobs | None) -> Progress:
         began_s = self._clock.now()
         start = Progress(self._encode([text]), None, False, began_s, began_s, knobs)
-        return self._advance(start, stop, until_s, began_s)
+        return self._advance(start, choose, until_s, began_s)
 
-    def _advance(self, progress: Progress, stop: int, until_s: float, began_s: float) -> Progress:
+    def _advance(
+        self, progress: Progress, choose: Choose, until_s: float, began_s: float
+    ) -> Progress:
         rest, passed, now_s = progress.rest, progress.passed, self._clock.now()
-        chosen, late = progress.knobs, False
-        while rest is not None and rest.depth < stop:
+        assert rest is not None, "a sample that has left"
+        late, choice = False, choose(rest, passed, now_s)
+        while rest.depth < choice.stop:
             expected_ms = self.times.ms(rest.depth, rest.depth + 1, rest.n_tokens)
             late = passed is not None and now_s + expected_ms / 1000 > until_s
             if late:
                 break
-            depth, n_tokens = rest.depth, rest.n_tokens
-            ran = run(self._layers, rest, depth + 1, self._knobs if chosen is None else chosen)
-            before_s, now_s = now_s, self._clock.now()
-            self.times.ran(depth, n_tokens, 1000 * (now_s - before_s))
-            seen = ran.left[0] if ran.left else ran.provisional
+            left, seen = self._layer(rest, progress.knobs)
+            now_s = self._clock.now()
             if seen is not None:
-                passed = _passed(seen) if chosen is None else _noted(seen, passed)
-            rest = ran.rest
-        return Progress(rest, passed, late, began_s, now_s, chosen)
+                passed = _passed(seen) if progress.knobs is None else _noted(seen, passed)
+            if left is None:
+                return Progress(None, passed, False, began_s, now_s, progress.knobs)
+            rest = left
+            if seen is not None or rest.depth >= choice.stop:
+                choice = choose(rest, passed, now_s)
+        return Progress(rest, passed, late, began_s, now_s, progress.knobs, choice.codec)
+
+    def _layer(
+        self, rest: Activations[NumpyArray], chosen: Knobs | None
+    ) -> tuple[Activations[NumpyArray] | None, Leaving[NumpyArray] | None]:
+        """(what is left behind the next layer, what its exit says if there is one)."""
+        before_s = self._clock.now()
+        ran = run(self._layers, rest, rest.depth + 1, self._knobs if chosen is None else chosen)
+        self.times.ran(rest.depth, rest.n_tokens, 1000 * (self._clock.now() - before_s))
+        return ran.rest, ran.left[0] if ran.left else ran.provisional
 
     def _warm_up(self, text: Text) -> None:
         acts = self._encode([text])

@@ -1,4 +1,4 @@
-"""Work over gRPC: the one place that knows gRPC's calls, options and status codes.
+"""Work over gRPC: with grpc_stream.py and grpc_errors.py the one place that knows its calls and options.
 
 All work of one device goes over one long-lived stream, matched by request id: beside a call for each
 that saves a third of the bytes around a message and about a tenth of the device's CPU
@@ -8,46 +8,22 @@ that saves a third of the bytes around a message and about a tenth of the device
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from offramp_common.errors import (
-    BundleMismatch,
-    CloudBusy,
-    CloudUnavailable,
-    ConfigError,
-    DeadlineExceeded,
-    OfframpError,
-    RequestError,
-)
+from offramp_common.errors import CloudUnavailable, DeadlineExceeded
 from offramp_common.messages import completion_from_pb, hello_to_pb, offload_to_pb, welcome_from_pb
 from offramp_common.transport import Completion, Hello, Offload, Welcome
 from offramp_common.wire import offload_pb2 as pb
 from offramp_common.wire import offload_pb2_grpc as pb_grpc
+from offramp_edge.grpc_errors import numbered, translated
+from offramp_edge.grpc_stream import WorkStream
 
-_ERRORS: Mapping[grpc.StatusCode, type[OfframpError]] = {
-    grpc.StatusCode.CANCELLED: CloudUnavailable,
-    grpc.StatusCode.UNKNOWN: CloudUnavailable,
-    grpc.StatusCode.INVALID_ARGUMENT: RequestError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.NOT_FOUND: BundleMismatch,
-    grpc.StatusCode.ALREADY_EXISTS: RequestError,
-    grpc.StatusCode.PERMISSION_DENIED: ConfigError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: CloudBusy,
-    grpc.StatusCode.FAILED_PRECONDITION: BundleMismatch,
-    grpc.StatusCode.ABORTED: CloudUnavailable,
-    grpc.StatusCode.OUT_OF_RANGE: RequestError,
-    grpc.StatusCode.UNIMPLEMENTED: ConfigError,
-    grpc.StatusCode.INTERNAL: CloudUnavailable,
-    grpc.StatusCode.UNAVAILABLE: CloudUnavailable,
-    grpc.StatusCode.DATA_LOSS: CloudUnavailable,
-    grpc.StatusCode.UNAUTHENTICATED: ConfigError,
-}
-_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
-
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+_SERVICE = pb.DESCRIPTOR.services_by_name["OffloadService"].full_name
+_COMPLETE_STREAM = f"/{_SERVICE}/CompleteStream"
 _KEEPALIVE_S = 20.0
 _KEEPALIVE_TIMEOUT_S = 10.0  # pings queue behind frames on a slow link
 _OPTIONS = (
@@ -59,8 +35,8 @@ _OPTIONS = (
     # The breaker decides when to try again; gRPC's own minute of back-off would hide a cloud that
     # has come back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # in which a connection must come about
+    ("grpc.max_reconnect_backoff_ms", 300),
     ("grpc.use_local_subchannel_pool", 1),
     # The cloud announces what it accepts in the handshake; replies are small.
     ("grpc.max_send_message_length", -1),
@@ -70,50 +46,28 @@ _OPTIONS = (
 )
 
 
-class GrpcTransport:
-    """A `Transport` over one channel. Made and used in one event loop.
-
-    on_lost   called when a connection that stood is gone, with or without work in flight
-    """
+class _Connection:
+    """One channel with its stream of work; `on_lost` is told when it stood and is gone."""
 
     def __init__(
         self,
-        target: str,
-        credentials: grpc.ChannelCredentials | None = None,
-        *,
-        keepalive_s: float = _KEEPALIVE_S,
+        channel: grpc.aio.Channel,
+        on_lost: Callable[[_Connection], None],
+        on_late: Callable[[], None],
     ) -> None:
-        """`target` is HOST:PORT; without credentials everything travels in the clear. A link that
-        swallows everything is found out, with or without work in flight, by a ping that is not
-        answered; it is sent after `keepalive_s` of silence."""
-        options = [*_OPTIONS, ("grpc.keepalive_time_ms", int(1000 * keepalive_s))]
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options=options)
-        self._stub: Any = pb_grpc.OffloadServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._stream: _Stream | None = None
-        self.on_lost: Callable[[], None] = lambda: None
+        self.stub: Any = pb_grpc.OffloadServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._channel, self._on_lost, self._on_late = channel, on_lost, on_late
+        # Bytes both ways: requests are serialized, and counted, once; a reply that is none is noticed.
+        self._complete_stream: Any = channel.stream_stream(
+            _COMPLETE_STREAM, request_serializer=None, response_deserializer=None
+        )
+        self._stream: WorkStream | None = None
         self._watching = asyncio.create_task(self._watch())
 
-    async def hello(self, hello: Hello, *, timeout_s: float) -> Welcome:
-        try:
-            reply = await self._stub.Hello(hello_to_pb(hello), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
-        return welcome_from_pb(reply)
-
-    async def complete(self, work: Offload, *, timeout_s: float) -> Completion:
+    def stream(self) -> WorkStream:
         if self._stream is None or self._stream.ended:
-            self._stream = _Stream(self._stub.CompleteStream())
-        try:
-            async with asyncio.timeout(timeout_s):
-                outcome = await self._stream.ask(offload_to_pb(work))
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer in {1000 * timeout_s:.0f} ms") from None
-        if outcome.WhichOneof("outcome") == "error":
-            raise _error(_BY_NUMBER.get(outcome.error.code), outcome.error.message)
-        return completion_from_pb(outcome.reply)
+            self._stream = WorkStream(self._complete_stream(), self._on_late)
+        return self._stream
 
     async def close(self) -> None:
         self._watching.cancel()
@@ -128,89 +82,85 @@ class GrpcTransport:
             await self._channel.wait_for_state_change(state)
             before, state = state, self._channel.get_state()
             if before is grpc.ChannelConnectivity.READY:
-                self.on_lost()
+                self._on_lost(self)
 
 
-class _Stream:
-    """One CompleteStream call: requests out, replies back in any order."""
+class GrpcTransport:
+    """A `Transport` over one connection at a time. Made and used in one event loop.
 
-    def __init__(self, call: Any) -> None:
-        self.ended = False
-        self._call = call
-        self._asked: dict[str, asyncio.Future[pb.StreamReply]] = {}
-        # A write that is cancelled cancels the whole call in grpc.aio: only this task writes.
-        self._out: asyncio.Queue[pb.OffloadRequest] = asyncio.Queue()
-        self._tasks = [asyncio.create_task(job) for job in (self._write(), self._read())]
+    on_lost   called when a connection that stood is gone, with or without work in flight
+    late      replies that came when nobody waited for them any more, and were dropped
+    """
 
-    async def ask(self, request: pb.OffloadRequest) -> pb.StreamReply:
-        """Raises what ended the stream when it ends before the reply."""
-        reply: asyncio.Future[pb.StreamReply] = asyncio.get_running_loop().create_future()
-        if self.ended:
-            raise CloudUnavailable("the cloud closed the stream")
-        self._asked[request.request_id] = reply
-        self._out.put_nowait(request)
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        *,
+        keepalive_s: float = _KEEPALIVE_S,
+    ) -> None:
+        """`target` is HOST:PORT; without credentials everything travels in the clear. A link that
+        swallows everything is found out, with or without work in flight, by a ping that is not
+        answered; it is sent after `keepalive_s` of silence."""
+        self._target, self._credentials = target, credentials
+        self._options = [*_OPTIONS, ("grpc.keepalive_time_ms", int(1000 * keepalive_s))]
+        self.late = 0
+        self.on_lost: Callable[[], None] = lambda: None
+        self._unanswered = 0  # greetings under way
+        self._suspect = False  # the connection may be dead without a word
+        self._current = self._connected()
+
+    async def hello(self, hello: Hello, *, timeout_s: float) -> Welcome:
+        """While one is not answered the next comes over a new connection, and the first that is answered
+        decides which is used from then on: a link that has swallowed packets, or changed them, is well
+        again long before TCP and HTTP/2 are."""
+        fresh = self._suspect or self._unanswered > 0
+        connection = self._connected() if fresh else self._current
+        self._unanswered += 1
         try:
-            return await reply
+            reply = await connection.stub.Hello(hello_to_pb(hello), timeout=timeout_s)
+            if reply is None:  # gRPC's word for one that could not be parsed
+                raise CloudUnavailable("the cloud's greeting is no message: bytes were changed")
+            if fresh:
+                connection, self._current = self._current, connection
+            self._suspect = False
+        except grpc.aio.AioRpcError as error:
+            self._suspect |= error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            raise translated(error) from None
         finally:
-            del self._asked[request.request_id]
+            self._unanswered -= 1
+            if fresh:
+                await connection.close()  # the one that is not used
+        return welcome_from_pb(reply)
+
+    async def complete(self, work: Offload, *, timeout_s: float) -> Completion:
+        request = offload_to_pb(work).SerializeToString()
+        try:
+            async with asyncio.timeout(timeout_s):
+                outcome = await self._current.stream().ask(work.request_id, request)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer in {1000 * timeout_s:.0f} ms") from None
+        if outcome.WhichOneof("outcome") == "error":
+            failed = outcome.error
+            raise numbered(failed.code, failed.message, failed.retry_after_ms)
+        done = completion_from_pb(outcome.reply)
+        return replace(done, bytes_up=len(request), bytes_down=outcome.reply.ByteSize())
 
     async def close(self) -> None:
-        self.ended = True
-        for task in self._tasks:
-            task.cancel()
-        self._call.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._current.close()
 
-    async def _write(self) -> None:
-        while True:
-            request = await self._out.get()
-            if request.request_id not in self._asked:
-                continue  # nobody waits for it any more
-            try:
-                await self._call.write(request)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return  # the reader hears of it too, and tells
+    def _connected(self) -> _Connection:
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(self._target, options=self._options)
+        else:
+            channel = grpc.aio.secure_channel(
+                self._target, self._credentials, options=self._options
+            )
+        return _Connection(channel, self._lost, self._was_late)
 
-    async def _read(self) -> None:
-        failure: Exception = CloudUnavailable("the cloud closed the stream")
-        try:
-            while (reply := await self._call.read()) is not _EOF:
-                self._arrived(reply)
-            # A stream that ends in an error status ends like any other: the status tells.
-            if (code := await self._call.code()) is not grpc.StatusCode.OK:
-                failure = _error(code, await self._call.details() or "the stream ended")
-        except grpc.aio.AioRpcError as error:
-            failure = _translated(error)
-        except asyncio.CancelledError:
-            failure = CloudUnavailable("this device closed its connection")
-            raise
-        finally:
-            self.ended = True
-            self._tasks[0].cancel()  # the writer
-            for waiting in self._asked.values():
-                if not waiting.done():
-                    waiting.set_exception(failure)
+    def _lost(self, connection: _Connection) -> None:
+        if connection is self._current:
+            self.on_lost()
 
-    def _arrived(self, reply: pb.StreamReply) -> None:
-        outcome = reply.WhichOneof("outcome")
-        if outcome is None:
-            return  # from a newer cloud: whoever waits for it learns by the time-out
-        waiting = self._asked.get(getattr(reply, outcome).request_id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(reply)
-
-
-def _translated(error: grpc.aio.AioRpcError) -> OfframpError:
-    return _error(error.code(), error.details() or "no details")
-
-
-def _error(code: grpc.StatusCode | None, message: str) -> OfframpError:
-    name = "an unknown status" if code is None else code.name
-    if "SSL_ERROR_SSL" in message:  # no status of its own: gRPC says UNAVAILABLE
-        return ConfigError(f"{message}; check --ca, and that the cloud serves TLS for this address")
-    if "Socket closed" in message:
-        message += (
-            " (a cloud with TLS ends so who comes without, or without a certificate it wants)"
-        )
-    kind = CloudUnavailable if code is None else _ERRORS.get(code, CloudUnavailable)
-    return kind(f"{name}: {message}")
+    def _was_late(self) -> None:
+        self.late += 1

@@ -8,45 +8,58 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp_common.bundle import Manifest
 from offramp_common.errors import BundleMismatch, UnknownCodec, WireError
 from offramp_common.frames import Limits
+from offramp_common.manifest import Manifest
 from offramp_common.runner import Knobs
 from offramp_common.transport import PROTOCOL_VERSION, Completion, Offload, Welcome
 
 log = logging.getLogger("offramp.edge")
 
+TOKENS = "tokens"
+"""The codec of token ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """codec    the first of the device's that the cloud has
-    knobs    what each request carries: nothing where the cloud's own operating point is the same
+    """codecs   those of the device's that the cloud has, best first
+    knobs    the device's operating point;  theirs: the cloud's own
     limits   the cloud's
     """
 
-    codec: str
+    codecs: tuple[str, ...]
     knobs: Knobs
+    theirs: Knobs
     limits: Limits
 
+    @property
+    def codec(self) -> str:
+        """The best; only for what is not cut where the hidden states are integers."""
+        return self.codecs[0]
 
-def agree(welcome: Welcome, codecs: Sequence[str], knobs: Knobs, depth: int) -> Agreed:
-    """`codecs` and `knobs` are the device's, `depth` where it cuts. Raises RequestError when the
-    two sides do not fit."""
+    def knobs_at(self, depth: int) -> Knobs:
+        """What a request cut at `depth` carries: nothing where the cloud's own operating point is the
+        same from there on."""
+        return {} if _deeper(self.knobs, depth) == _deeper(self.theirs, depth) else self.knobs
+
+
+def agree(welcome: Welcome, codecs: Sequence[str], knobs: Knobs) -> Agreed:
+    """`codecs` and `knobs` are the device's. Raises RequestError when the two sides do not fit."""
     if welcome.protocol != PROTOCOL_VERSION:
         raise BundleMismatch(
             f"the cloud speaks protocol {welcome.protocol}, this device {PROTOCOL_VERSION}: "
             "update the older side"
         )
-    shared = [codec for codec in codecs if codec in welcome.codecs]
-    if not shared:
+    shared = tuple(codec for codec in codecs if codec in welcome.codecs)
+    hidden = [codec for codec in codecs if codec != TOKENS]
+    if not shared or (hidden and shared == (TOKENS,)):
         raise UnknownCodec(
             f"the device has {', '.join(codecs)}, the cloud {', '.join(welcome.codecs)}: "
             "update the older side"
         )
     if shared[0] != codecs[0]:
         log.warning("the cloud lacks codec %s: using %s", codecs[0], shared[0])
-    same = _deeper(knobs, depth) == _deeper(welcome.knobs, depth)
-    return Agreed(shared[0], {} if same else knobs, welcome.limits)
+    return Agreed(shared, knobs, welcome.knobs, welcome.limits)
 
 
 def check_completion(work: Offload, done: Completion, depth: int, manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ class Inference:
     id: str
     samples: tuple[Sample, ...]
     outputs: tuple[str, ...]
+    provisional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,16 @@ def parse(body: bytes, task: TaskSpec, traceparent: str = "") -> Inference:
     if not isinstance(request, dict):
         raise RequestError("the body must be a JSON object with inputs")
     parameters = request.get("parameters", {})
-    deadline_ms = parameters.get("deadline_ms") if isinstance(parameters, dict) else None
+    parameters = parameters if isinstance(parameters, dict) else {}
+    deadline_ms, provisional = parameters.get("deadline_ms"), parameters.get("provisional", False)
     if deadline_ms is not None and not _is_positive(deadline_ms):
         raise RequestError(f"deadline_ms {deadline_ms!r:.80}: must be a number above 0")
+    if not isinstance(provisional, bool):
+        raise RequestError(f"provisional {provisional!r:.80}: must be true or false")
     texts = _texts(request.get("inputs"), task.pair)
     samples = (Sample(text, deadline_ms=deadline_ms, traceparent=traceparent) for text in texts)
-    return Inference(str(request.get("id", "")), tuple(samples), _wanted(request, task))
+    ident = str(request.get("id", ""))
+    return Inference(ident, tuple(samples), _wanted(request, task), provisional)
 
 
 def _texts(inputs: Any, pair: bool) -> list[Text]:

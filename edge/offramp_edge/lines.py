@@ -84,7 +84,7 @@ class Input:
                 raise DataError(f'"deadline_ms" {deadline_ms!r:.80}: must be a number above 0')
             asked = Asked(value.get("id", key), label, number)
         self.asked[key] = asked
-        return Sample(text, key, deadline_ms)
+        return Sample(text, key, deadline_ms, ref=None if asked.id == key else asked.id)
 
     def _lines(self) -> Iterator[bytes | None]:
         """Lines without their ends as soon as they are complete; None for one that is too long.

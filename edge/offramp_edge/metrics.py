@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,6 +13,8 @@ from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer
 from offramp_edge.breaker import ASIDE, CONNECTING, REFUSED, UP
 from offramp_edge.chooser import Chooser
+from offramp_edge.contract_metrics import add_contract_gauges
+from offramp_edge.link import Link, LinkEstimate
 from offramp_edge.session import CloudSession
 
 _MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -34,7 +38,11 @@ class Metrics:
         self._ms = self._histogram(
             "answer_ms", "Milliseconds from sample to answer", _MS, ("where",)
         )
+        self._stage = self._histogram(
+            "stage_ms", "Milliseconds in a stage, of the answers that passed it", _MS, ("stage",)
+        )
         self._cloud_gauges(agent)
+        add_contract_gauges(self.registry, agent)
         if chooser is not None:
             self._bandit_gauges(chooser)
         agent.on_answer.append(self._answered)
@@ -47,6 +55,9 @@ class Metrics:
         self._down.inc(answer.bytes_down)
         self._depth.observe(answer.exit_depth)
         self._ms.labels(answer.where).observe(answer.ms)
+        for stage, ms in asdict(answer.stages_ms).items():
+            if ms:
+                self._stage.labels(stage).observe(ms)
 
     def _cloud_gauges(self, agent: Agent) -> None:
         session = agent.session
@@ -57,18 +68,42 @@ class Metrics:
         )
         for state in _STATES:
             states.labels(state).set_function(partial(_is_state, session, state))
-        nan = float("nan")
-        self._gauge(
-            "link_rtt_ms", "Round trip as estimated", lambda: session.link.estimate().rtt_ms or nan
+        self._link_gauges(session.link)
+        times = session.cloud_times
+        for name, text, read in (
+            ("queue_ms", "What samples wait in the cloud, as it reports", lambda: times.queue_ms),
+            (
+                "layer_ms",
+                "Of a layer in the cloud, for 16 tokens; NaN while unknown",
+                lambda: times.layer_ms(16, math.nan),
+            ),
+        ):
+            self._gauge(f"cloud_{name}", text, read)
+
+    def _link_gauges(self, link: Link) -> None:
+        """What the device believes of its link."""
+        reads: tuple[tuple[str, str, Callable[[LinkEstimate], float | None]], ...] = (
+            ("rtt_ms", "Round trip as estimated", lambda now: now.rtt_ms),
+            (
+                "uplink_mbps",
+                "Uplink goodput as estimated; NaN while unknown",
+                lambda now: now.uplink_mbps,
+            ),
+            (
+                "queue_ms",
+                "Until what was sent before has left, as estimated",
+                lambda now: now.queue_ms,
+            ),
+            ("spread", "Typical relative error of a predicted time", lambda now: now.spread),
+            (
+                "stalls",
+                "Exchanges that took four times what was expected",
+                lambda now: now.stalls,
+            ),
+            ("failures", "Exchanges without an answer", lambda now: now.failures),
         )
-        self._gauge(
-            "link_uplink_mbps",
-            "Uplink goodput as estimated; NaN while unknown",
-            lambda: session.link.estimate().uplink_mbps or nan,
-        )
-        self._gauge(
-            "link_failures", "Exchanges without an answer", lambda: session.link.estimate().failures
-        )
+        for name, text, read in reads:
+            self._gauge(f"link_{name}", text, partial(_told, link, read))
 
     def _bandit_gauges(self, chooser: Chooser) -> None:
         bandit = chooser.bandit
@@ -92,6 +127,11 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"offramp_edge_{name}", text, registry=self.registry).set_function(read)
+
+
+def _told(link: Link, read: Callable[[LinkEstimate], float | None]) -> float:
+    value = read(link.estimate())
+    return math.nan if value is None else value
 
 
 def _is_state(session: CloudSession, state: str) -> float:

@@ -15,11 +15,13 @@ from typing import IO, Any
 
 from offramp_common.cli import CHECK_FAILED, OK, write_json
 from offramp_common.errors import ConfigError
-from offramp_edge.answers import Failed
-from offramp_edge.cli import log_to_stderr, worker_from
+from offramp_edge.answers import Answer, Failed
+from offramp_edge.cli import log_to_stderr, traced, worker_from
+from offramp_edge.explain import explained, in_words
 from offramp_edge.lines import Input
 from offramp_edge.stream import Result
 from offramp_edge.tally import Tally
+from offramp_edge.worker import EdgeWorker
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,29 +33,45 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     tally, began = Tally(), time.monotonic()
     fd = _opened(args.input)
-    with worker_from(args) as worker, _written(args.output) as output:
+    with (
+        worker_from(args) as worker,
+        traced(worker, args.trace),
+        _written(args.output) as output,
+    ):
         given = Input(fd, worker.bundle.manifest.task.pair)
         try:
             with _progress(given, tally, args.output) as advanced:
-                for result in worker.answer_many(given, ordered=not args.unordered):
+                for result in worker.answer_many(
+                    given, ordered=not args.unordered, provisional=args.provisional
+                ):
                     output.write(json.dumps(_record(result, given, tally)) + "\n")
                     output.flush()
                     advanced()
+            if args.spool_wait and not worker.wait_for_spool(args.spool_wait):
+                print(f"the spool is not empty after {args.spool_wait:g} s", file=sys.stderr)
         finally:
             given.stop.set()
-            seconds = time.monotonic() - began
-            about, chooser = tally.to_json(seconds), worker.chooser
-            print(tally.words(seconds), file=sys.stderr)
-            if chooser is not None:
-                about["bandit"] = chooser.to_json()
-                print(chooser.words(), file=sys.stderr)
-            if args.json:
-                write_json(about, args.json)
+            _sum_up(args, worker, tally, time.monotonic() - began)
     return CHECK_FAILED if tally.failed else OK
 
 
+def _sum_up(args: argparse.Namespace, worker: EdgeWorker, tally: Tally, seconds: float) -> None:
+    """What the run came to: in words to standard error, and as JSON where it was asked for."""
+    about, chooser = tally.to_json(seconds), worker.chooser
+    print(tally.words(seconds), file=sys.stderr)
+    if chooser is not None:
+        about["bandit"] = chooser.to_json()
+        print(chooser.words(), file=sys.stderr)
+    if args.explain:
+        about["explained"] = explained(worker.agent.planner)
+        print(in_words(about["explained"]), file=sys.stderr)
+    if args.json:
+        write_json(about, args.json)
+
+
 def _record(result: Result, given: Input, tally: Tally) -> dict[str, Any]:
-    asked = given.asked.pop(result.id, None)
+    first = isinstance(result, Answer) and result.provisional
+    asked = given.asked.get(result.id) if first else given.asked.pop(result.id, None)
     record = result.to_json()
     if asked is not None:
         record["id"] = asked.id
@@ -61,7 +79,8 @@ def _record(result: Result, given: Input, tally: Tally) -> dict[str, Any]:
         tally.failed += 1
         return {**record, "line": result.line or (asked and asked.line)}
     expected = None if asked is None else asked.label
-    tally.add(result, expected)
+    if not first:
+        tally.add(result, expected)
     return record if expected is None else {**record, "expected": expected}
 
 

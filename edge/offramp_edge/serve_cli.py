@@ -11,7 +11,7 @@ import signal
 
 from offramp_common.cli import OK
 from offramp_common.errors import ConfigError
-from offramp_edge.cli import log_to_stderr, worker_from
+from offramp_edge.cli import log_to_stderr, traced, worker_from
 from offramp_edge.connect import is_loopback, split_address
 
 log = logging.getLogger("offramp.edge")
@@ -41,7 +41,8 @@ async def _serve(args: argparse.Namespace, host: str, port: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with worker_from(args) as worker:
-        runner = web.AppRunner(Service(worker).app(), access_log=None)
+        files = {name: getattr(args, name) for name in ("ca", "cert") if getattr(args, name)}
+        runner = web.AppRunner(Service(worker, files).app(), access_log=None)
         await runner.setup()
         try:
             site = web.TCPSite(runner, host, port)
@@ -56,8 +57,9 @@ async def _serve(args: argparse.Namespace, host: str, port: int) -> int:
                 "model": worker.bundle.manifest.name,
                 "pid": os.getpid(),
             }
-            print(json.dumps(about), flush=True)
-            await stop.wait()
+            with traced(worker, args.trace):
+                print(json.dumps(about), flush=True)
+                await stop.wait()
         finally:
             await runner.cleanup()
     return OK

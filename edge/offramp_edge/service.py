@@ -6,19 +6,28 @@
 The input "text" is BYTES of shape [n], for a model of pairs [n, 2]; the request's parameter
 "deadline_ms" counts from its arrival. Outputs hold a row a text: see `outputs_of`. "logits" come
 only when the request names its outputs and logits are among them. Errors are {"error": "..."}.
+
+With the parameter "provisional": true the reply is newline-delimited JSON of one or two such objects: as
+soon as every text has an answer of some kind, if one of them is provisional, an object with "parameters":
+{"provisional": true}; then the final one. An error after the first line stands on a line of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from offramp_common import __version__
+from offramp_common.certs_expiry import show_expiry
 from offramp_common.errors import RequestError
-from offramp_edge.inference import output, outputs_of, parse
+from offramp_edge.answers import Answer
+from offramp_edge.first_answers import FirstAnswers
+from offramp_edge.inference import Inference, output, outputs_of, parse
 from offramp_edge.metrics import Metrics
 from offramp_edge.worker import EdgeWorker
 
@@ -32,9 +41,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Service:
     """The HTTP side of one worker, which it does not own. Its settings should ask for logits."""
 
-    def __init__(self, worker: EdgeWorker) -> None:
+    def __init__(self, worker: EdgeWorker, certificates: Mapping[str, str] | None = None) -> None:
+        """`certificates`: what each is for -> its PEM file, whose end the metrics show."""
         self._worker, self._manifest = worker, worker.bundle.manifest
         self._metrics = Metrics(worker.agent, worker.bundle.n_layers, worker.chooser)
+        show_expiry(self._metrics.registry, certificates or {})
         self._waiting = 0
 
     def app(self) -> web.Application:
@@ -89,7 +100,7 @@ class Service:
             }
         )
 
-    async def _infer(self, request: web.Request) -> web.Response:
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
         self._check_name(request)
         body = await request.read()
         traceparent = request.headers.get("traceparent", "")
@@ -101,17 +112,53 @@ class Service:
             )
         self._waiting += n
         try:
+            if wanted.provisional:
+                return await self._streamed(request, wanted)
             answers = await asyncio.gather(*map(self._worker.answer_async, wanted.samples))
         finally:
             self._waiting -= n
-        reply = {
+        return web.json_response(self._reply(wanted, answers))
+
+    async def _streamed(self, request: web.Request, wanted: Inference) -> web.StreamResponse:
+        """What the device says at once, then the final answers."""
+        first = FirstAnswers(len(wanted.samples))
+        final = asyncio.gather(
+            *(
+                first.followed(
+                    row, self._worker.answer_async(sample, on_provisional=first.note(row))
+                )
+                for row, sample in enumerate(wanted.samples)
+            )
+        )
+        stream = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        try:
+            sides: tuple[asyncio.Future[Any], ...] = (final, first.all)
+            await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
+            if not final.done() and any(answer.provisional for answer in first.answers):
+                await stream.prepare(request)
+                reply = self._reply(wanted, first.answers) | {"parameters": {"provisional": True}}
+                await stream.write(json.dumps(reply).encode() + b"\n")
+            try:
+                reply = self._reply(wanted, await final)
+            except RequestError as error:
+                if not stream.prepared:
+                    raise
+                reply = {"error": str(error)}
+            if not stream.prepared:
+                await stream.prepare(request)
+            await stream.write(json.dumps(reply).encode() + b"\n")
+        finally:
+            final.cancel()
+        await stream.write_eof()
+        return stream
+
+    def _reply(self, wanted: Inference, answers: Sequence[Answer]) -> dict[str, Any]:
+        reply: dict[str, Any] = {
             "model_name": self._manifest.name,
             "model_version": "1",
             "outputs": [output(name, answers, self._manifest.task) for name in wanted.outputs],
         }
-        if wanted.id:
-            reply["id"] = wanted.id
-        return web.json_response(reply)
+        return reply | ({"id": wanted.id} if wanted.id else {})
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         body = generate_latest(self._metrics.registry)

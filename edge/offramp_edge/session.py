@@ -1,71 +1,44 @@
 """The device's session with the cloud: handshake, sending, and coming back after a failure.
 
-Whatever network and cloud do leaves this file as NotAnswered, with a reason.
+Whatever network and cloud do leaves this file as NotAnswered, with a reason (not_answered.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-from offramp_common import __version__
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
 from offramp_common.clock import Clock
-from offramp_common.errors import (
-    BundleMismatch,
-    CloudBusy,
-    CloudUnavailable,
-    ConfigError,
-    DeadlineExceeded,
-    RequestError,
-    UnknownCodec,
-    WireError,
-)
-from offramp_common.frames import encode_frame
-from offramp_common.messages import completion_to_pb, offload_to_pb
+from offramp_common.errors import CloudBusy
 from offramp_common.retry import Backoff
 from offramp_common.runner import Knobs
-from offramp_common.transport import Completion, Hello, Offload, Transport
-from offramp_edge.breaker import CONNECTING, UP, Breaker
+from offramp_common.transport import Completion, Offload, Transport
+from offramp_edge.breaker import UP, Breaker
+from offramp_edge.cloud_times import CloudTimes
+from offramp_edge.greetings import Greetings
 from offramp_edge.handshake import Agreed, agree, check_completion
-from offramp_edge.link import Link
+from offramp_edge.link import Link, Transfer
+from offramp_edge.not_answered import NotAnswered, reason_of
+from offramp_edge.requests import BeyondLimits, Requests, blank, nbytes_of
 from offramp_edge.settings import EdgeSettings, Plan
 
 log = logging.getLogger("offramp.edge")
 
-# The first that fits names the reason: the tree's leaves stand before their bases.
-_REASONS: tuple[tuple[type[Exception], str], ...] = (
-    (BundleMismatch, "mismatch"),
-    (UnknownCodec, "codec"),
-    (WireError, "malformed"),
-    (RequestError, "refused"),
-    (CloudBusy, "busy"),
-    (CloudUnavailable, "unavailable"),
-    (DeadlineExceeded, "timeout"),
-    (TimeoutError, "timeout"),
-    (ConfigError, "setup"),
-)
 _DOUBT_S = 1.0
 """Doubts are settled by a handshake at most this often."""
 _SOONEST_DOUBT_S = 0.25
 _UNUSUAL = 4.0  # times the usual time of an answer
 _NEW = 0.2  # weight of the latest answer in the usual time
-_FEWEST_PROBE_MS = 500.0
+_SOON_MS = 500.0
 _PROBE_ROUND_TRIPS = 5  # connecting takes up to three with TLS, the handshake one
-
-
-class NotAnswered(Exception):
-    """The cloud did not answer; `reason` is a key of answers.REASONS, `bytes_up` what was spent."""
-
-    def __init__(self, reason: str, message: str = "") -> None:
-        super().__init__(message or reason)
-        self.reason = reason
-        self.bytes_up = 0
+_PROBE_TOKENS = (16, 1)  # of samples without content, in turns: they tell rate and round trip apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +60,7 @@ class TellsOfLoss(Protocol):
 
 
 class CloudSession:
-    """One device's session for one bundle cut at one depth."""
+    """One device's session for one bundle, cut at any of its plan's depths."""
 
     def __init__(
         self,
@@ -100,18 +73,22 @@ class CloudSession:
     ) -> None:
         self._transport, self._clock, self._settings = transport, clock, settings
         self._manifest, self._plan = bundle.manifest, plan
-        self._cut, self._digest = bundle.cuts[plan.split], bundle.digest(plan.split)
+        self._requests = Requests(bundle, plan, rng)
         backoff = Backoff(settings.backoff_ms / 1000, settings.backoff_max_ms / 1000)
-        self.breaker = Breaker(backoff, rng, self._give_up_waiting)
+        self.breaker = Breaker(
+            backoff, rng, clock, self._give_up_waiting, settings.return_ms / 1000
+        )
         if isinstance(transport, TellsOfLoss):
             # The next cloud behind the address may be another one: greet before it is sent work.
             transport.on_lost = self.breaker.ask.set
         self.link = Link(clock)
+        self._greetings = Greetings(transport, clock, settings.probe_timeout_ms / 1000)
+        self.cloud_times = CloudTimes()
         self._agreed: Agreed | None = None
         self._waits: set[asyncio.Timeout] = set()
         self._usual_s: float | None = None  # what an answer takes, a moving average
-        self._requests = 0
-        self._name = f"{rng.getrandbits(48):012x}"  # request ids of two devices must differ
+        self._probing: asyncio.Task[None] | None = None
+        self._probes = itertools.cycle(_PROBE_TOKENS)
 
     async def keep(self) -> None:
         """Greet the cloud whenever a greeting is wanted, until cancelled."""
@@ -124,13 +101,26 @@ class CloudSession:
                 await breaker.ask.wait()
                 if breaker.state == UP:  # a doubt, soon after a good handshake, can wait
                     await asyncio.sleep(greeted_s + _DOUBT_S - self._clock.now())
-            await asyncio.sleep(breaker.wait_s())
+            await breaker.pause()
 
     async def close(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+        await self._greetings.close()
         await self._transport.close()
 
     def worth_asking(self) -> bool:
-        return self.breaker.state in (CONNECTING, UP)
+        return not self.breaker.refusal()
+
+    def codecs(self) -> tuple[str, ...]:
+        """Those that both sides have, best first; before the handshake the device's own."""
+        return self._plan.codecs if self._agreed is None else self._agreed.codecs
+
+    @property
+    def late_replies(self) -> int:
+        """Replies that came when nobody waited for them any more, where the transport counts them."""
+        return int(getattr(self._transport, "late", 0))
 
     def link_is_good(self) -> bool:
         """False while a fresh estimate says that the link is worse than the settings ask for."""
@@ -149,36 +139,75 @@ class CloudSession:
         timeout_s: float,
         traceparent: str = "",
         knobs: Knobs | None = None,
+        codec: str = "",
     ) -> Finished:
-        """Let the cloud run the rest of one row, at an operating point of its own if it has one.
-        Raises NotAnswered, in time."""
+        """Let the cloud run the rest of one row, at an operating point of its own if it has one, sent
+        by `codec` if one is named that the cloud has. Raises NotAnswered, in time."""
         until_s = self._clock.now() + timeout_s
         waited_ms = await self._wait_for_welcome(timeout_s)
         began_s = self._clock.now()
-        welcomes = self.breaker.welcomes
-        work = self._work(acts, traceparent, knobs)
-        sent_s = self._clock.now()
-        left_s = until_s - sent_s
-        work = replace(work, deadline_ms=max(1000 * left_s, 1.0))
-        bytes_up = offload_to_pb(work).ByteSize()
+        assert self._agreed is not None, "sent before the handshake"
         try:
-            done = await self._sent(work, left_s)
-            check_completion(work, done, self._cut.depth, self._manifest)
-        except Exception as error:  # no sample is lost, whatever a transport does
-            why = self._not_answered(error, welcomes)
-            why.bytes_up = 0 if why.reason == "unavailable" else bytes_up
-            raise why from error
-        self.breaker.answered()
-        cloud_ms = done.queue_ms + done.compute_ms
-        network_ms = max(0.0, 1000 * (self._clock.now() - sent_s) - cloud_ms)
-        self.link.transferred(bytes_up, network_ms)
+            work = self._requests.work(acts, self._agreed, codec, knobs, traceparent)
+        except BeyondLimits as error:
+            self.breaker.tell("limits", str(error))
+            raise NotAnswered("limits", str(error)) from None
+        encode_ms = 1000 * (self._clock.now() - began_s)
+        done, network_ms = await self._exchanged(work, acts, until_s)
         return Finished(
             done,
-            encode_ms=1000 * (sent_s - began_s),
+            encode_ms=encode_ms,
             network_ms=network_ms + waited_ms,
-            bytes_up=bytes_up,
-            bytes_down=completion_to_pb(done).ByteSize(),
+            bytes_up=done.bytes_up or len(work.frame),
+            bytes_down=done.bytes_down,
         )
+
+    def probe(self) -> None:
+        """Send a sample without content, for what the transfer tells of the link; its answer is thrown
+        away. Does nothing while another is in the air or the cloud is not up."""
+        busy = self._probing is not None and not self._probing.done()
+        if not busy and self.breaker.state == UP:
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        assert self._agreed is not None
+        cuts = self._requests.cuts
+        # A hidden state, if one may be sent at all: token ids are too few bytes to tell a rate by.
+        cut = cuts[min(depth for depth in cuts if depth or len(cuts) == 1)]
+        acts = blank(cut, min(next(self._probes), self._agreed.limits.max_tokens))
+        timeout_s = self._settings.offload_timeout_ms / 1000
+        try:
+            work = self._requests.work(acts, self._agreed)
+            await self._exchanged(work, acts, self._clock.now() + timeout_s)
+        except (BeyondLimits, NotAnswered) as error:
+            log.debug("a probe was not answered: %s", error)
+
+    async def _exchanged(
+        self, work: Offload, acts: Activations[NumpyArray], until_s: float
+    ) -> tuple[Completion, float]:
+        """(the cloud's answer, milliseconds on the network). Raises NotAnswered, in time."""
+        left_s = until_s - self._clock.now()
+        work = replace(work, deadline_ms=max(1000 * left_s, 1.0))
+        welcomes = self.breaker.welcomes
+        transfer = self.link.sent(nbytes_of(work), self._expected_cloud_ms(acts))
+        try:
+            done = await self._sent(work, left_s)
+            check_completion(work, done, acts.depth, self._manifest)
+        except Exception as error:  # no sample is lost, whatever a transport does
+            why = self._not_answered(error, welcomes, transfer)
+            why.bytes_up = 0 if why.reason == "unavailable" else len(work.frame)
+            raise why from error
+        except asyncio.CancelledError:
+            self.link.dropped(transfer)
+            raise
+        self.breaker.answered()
+        layers = int(done.exit_depth_B[0]) - acts.depth
+        self.cloud_times.ran(layers, acts.n_tokens, done.queue_ms, done.compute_ms)
+        return done, self.link.answered(transfer, done.queue_ms + done.compute_ms)
+
+    def _expected_cloud_ms(self, acts: Activations[NumpyArray]) -> float:
+        layers = self._manifest.n_layers - acts.depth
+        return self.cloud_times.queue_ms + layers * self.cloud_times.layer_ms(acts.n_tokens)
 
     async def _sent(self, work: Offload, timeout_s: float) -> Completion:
         """Raises TimeoutError when time is up, or the cloud is put aside meanwhile. A reply that is
@@ -214,43 +243,23 @@ class CloudSession:
             raise NotAnswered(self.breaker.reason)
         return 1000 * (self._clock.now() - began_s)
 
-    def _work(
-        self, acts: Activations[NumpyArray], traceparent: str, knobs: Knobs | None
-    ) -> Offload:
-        """Raises NotAnswered for a sample beyond what the cloud accepts."""
-        assert self._agreed is not None, "sent before the handshake"
-        limits = self._agreed.limits
-        if acts.n_tokens > limits.max_tokens:
-            self._too_large(f"{acts.n_tokens} tokens, the cloud takes {limits.max_tokens}")
-        frame = encode_frame(acts, self._cut, self._agreed.codec)
-        if len(frame) > limits.max_frame_bytes:
-            self._too_large(f"a frame of {len(frame)} bytes, at most {limits.max_frame_bytes}")
-        self._requests += 1
-        return Offload(
-            request_id=f"{self._name}-{self._requests:x}",
-            bundle=self._manifest.name,
-            digest=self._digest,
-            frame=frame,
-            knobs=self._agreed.knobs if knobs is None else knobs,
-            traceparent=traceparent,
-        )
-
-    def _too_large(self, message: str) -> None:
-        self.breaker.tell("limits", message)
-        raise NotAnswered("limits", message)
-
-    def _not_answered(self, error: Exception, welcomes: int) -> NotAnswered:
+    def _not_answered(self, error: Exception, welcomes: int, transfer: Transfer) -> NotAnswered:
         given_up = welcomes == self.breaker.welcomes and self.breaker.state != UP
         if given_up and isinstance(error, TimeoutError):
-            self.link.failed()
+            self.link.failed(transfer)
             return NotAnswered(self.breaker.reason)
         reason = reason_of(error)
         if reason in ("timeout", "unavailable"):
-            self.link.failed()
+            self.link.failed(transfer)
+        else:
+            self.link.dropped(transfer)
         if reason == "internal":
             log.error("a bug, please report it", exc_info=error)
         message = str(error) or "no answer in time"
-        self.breaker.failed(reason, message, welcomes)
+        if isinstance(error, CloudBusy) and error.retry_after_ms > 0:
+            self.breaker.busy_for(error.retry_after_ms / 1000, message)
+        else:
+            self.breaker.failed(reason, message, welcomes)
         return NotAnswered(reason, message)
 
     def _give_up_waiting(self) -> None:
@@ -260,36 +269,24 @@ class CloudSession:
                 wait.reschedule(now_s)
 
     async def _greet(self) -> None:
-        hello = Hello(
-            self._manifest.name,
-            {self._cut.depth: self._digest},
-            ("tokens",) if self._cut.integer else self._plan.codecs,
-            software=f"offramp {__version__}",
-        )
-        timeout_s = self._probe_timeout_s()
+        hello = self._requests.hello()
         try:
-            async with asyncio.timeout(timeout_s):
-                welcome = await self._transport.hello(hello, timeout_s=timeout_s)
-            self._agreed = agree(welcome, hello.codecs, self._plan.knobs, self._cut.depth)
+            welcome, took_ms = await self._greetings.greet(hello, self._patience_s())
+            self._agreed = agree(welcome, hello.codecs, self._plan.knobs)
         except Exception as error:  # the next handshake may go better
             reason = reason_of(error)
             if reason == "internal":
                 log.error("a bug, please report it", exc_info=error)
-            elif reason == "timeout":
-                error = TimeoutError(f"no answer to the handshake within {timeout_s:.1f} s")
             self.breaker.failed(reason, str(error))
         else:
+            self.link.connected(took_ms)
             self.breaker.welcomed()
 
-    def _probe_timeout_s(self) -> float:
-        """Long for a link that is not known, a few round trips for one that is."""
-        longest_ms = self._settings.probe_timeout_ms
-        rtt_ms = self.link.estimate().rtt_ms
-        if rtt_ms is None:
+    def _patience_s(self) -> float:
+        """Before the cloud is put aside, or asked once more: long where no handshake has gone well yet, a few
+        round trips on a link that is known, and short where the cloud is aside already."""
+        longest_ms, rtt_ms = self._settings.probe_timeout_ms, self.link.estimate().rtt_ms
+        if self.breaker.welcomes == 0:
             return longest_ms / 1000
-        return min(longest_ms, max(_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS * rtt_ms)) / 1000
-
-
-def reason_of(error: Exception) -> str:
-    """The key of answers.REASONS for what a transport raised."""
-    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), "internal")
+        trips_ms = 0.0 if self.breaker.state != UP else _PROBE_ROUND_TRIPS * (rtt_ms or longest_ms)
+        return min(longest_ms, max(_SOON_MS, trips_ms)) / 1000

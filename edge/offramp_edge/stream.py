@@ -28,9 +28,12 @@ class Stream:
         source: AsyncGenerator[Sample | Failed, None],
         ordered: bool,
         in_flight: int,
+        provisional: bool = False,
     ) -> None:
-        """A `Failed` in `source` passes through in its place."""
-        self._agent, self._source, self._ordered = agent, source, ordered
+        """A `Failed` in `source` passes through in its place. With `provisional` also the first answers of
+        samples that are sent come, and all as they are ready: in order they would be no first answers."""
+        self._agent, self._source, self._ordered = agent, source, ordered and not provisional
+        self._on_provisional = self._first if provisional else None
         self._out: asyncio.Queue[asyncio.Future[Result] | None] = asyncio.Queue()
         self._window = asyncio.Semaphore(_WAITING + in_flight)
         self._begun: set[asyncio.Future[Result]] = set()
@@ -46,7 +49,8 @@ class Stream:
             await self._feeding
             return None
         result = await coming
-        self._window.release()
+        if isinstance(result, Failed) or not result.provisional:
+            self._window.release()
         return result
 
     async def close(self) -> None:
@@ -65,8 +69,7 @@ class Stream:
             async with aclosing(self._source) as source:
                 async for sample in source:
                     await self._window.acquire()
-                    async with self._agent.air:
-                        pass
+                    await self._agent.room()
                     off_device = asyncio.Event()
                     self._begin(sample, off_device)
                     await off_device.wait()
@@ -84,12 +87,17 @@ class Stream:
         else:
             task.add_done_callback(self._out.put_nowait)
 
+    def _first(self, answer: Answer) -> None:
+        coming: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        coming.set_result(answer)
+        self._out.put_nowait(coming)
+
     async def _result(self, sample: Sample | Failed, off_device: asyncio.Event) -> Result:
         if isinstance(sample, Failed):
             off_device.set()
             return sample
         try:
-            return await self._agent.answer(sample, off_device=off_device)
+            return await self._agent.answer(sample, self._on_provisional, off_device)
         except RequestError as error:
             return Failed(sample.id, str(error))
         except Exception as error:  # one sample's failure is not the others'

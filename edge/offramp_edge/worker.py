@@ -8,7 +8,6 @@ work.
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections.abc import (
     AsyncGenerator,
@@ -27,22 +26,19 @@ from typing import Any, Self, TypeVar
 
 from offramp_common.activations import NumpyArray
 from offramp_common.bundle import Bundle
-from offramp_common.clock import MonotonicClock
 from offramp_common.runner import Layers
 from offramp_common.text import Text, TextEncoder
 from offramp_common.transport import Transport
-from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer, Failed, Sample
+from offramp_edge.assembly import MakePlanner, Parts, started
 from offramp_edge.chooser import chooser_for
-from offramp_edge.connect import Connect, connector
-from offramp_edge.device import Device
-from offramp_edge.session import CloudSession
-from offramp_edge.settings import EdgeSettings, Plan, plan_for
+from offramp_edge.connect import connector
+from offramp_edge.settings import EdgeSettings, plan_for
 from offramp_edge.sources import Given, samples
 from offramp_edge.stream import Result, Stream
 
 T = TypeVar("T")
-OnProvisional = Callable[[Answer], None]
+OnAnswer = Callable[[Answer], None]
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -71,11 +67,15 @@ class EdgeWorker:
         insecure: bool = False,
         transport: Transport | None = None,
         layers: Layers[NumpyArray] | None = None,
+        planner: MakePlanner | None = None,
+        on_final: OnAnswer | None = None,
         **overrides: Any,
     ) -> None:
         """`cloud` is HOST:PORT; without it all layers run here. `ca`, `cert` and `key` are PEM
         files for TLS; plaintext to another machine needs `insecure`. `overrides` are fields of
-        `settings`. `transport` and `layers` take the place of gRPC and ONNX Runtime.
+        `settings`. `transport` and `layers` take the place of gRPC and ONNX Runtime, `planner` makes
+        what takes the place of the settings' own planner. `on_final` is called, from the worker's
+        thread, with the final answer of each sample that waited in the settings' `spool`.
 
         Raises ConfigError (BundleError) for a set-up that cannot work. A cloud that is not there
         is no error: the worker looks for it as long as it lives."""
@@ -97,8 +97,9 @@ class EdgeWorker:
         )
         self._thread.start()
         self._closed = False
+        given = (self.bundle, self.settings, plan, layers, encode, connect, self._compute)
         try:
-            self.agent = self._do(self._start(plan, layers, encode, connect))
+            self.agent = self._do(started(Parts(*given, self.chooser, planner, on_final)))
         except BaseException:
             self._stop()
             raise
@@ -109,7 +110,7 @@ class EdgeWorker:
         *,
         id: str = "",
         deadline_ms: float | None = None,
-        on_provisional: OnProvisional | None = None,
+        on_provisional: OnAnswer | None = None,
     ) -> Answer:
         """One text's answer. RequestError when the text is not what the model takes.
 
@@ -118,10 +119,15 @@ class EdgeWorker:
         sample = _sample(text, id, deadline_ms)
         return self._do(self.agent.answer(sample, on_provisional))
 
-    def answer_many(self, texts: Iterable[Given], *, ordered: bool = True) -> Iterator[Result]:
+    def answer_many(
+        self, texts: Iterable[Given], *, ordered: bool = True, provisional: bool = False
+    ) -> Iterator[Result]:
         """An `Answer` for each text (`Failed` for one that is no input), in order or as they
-        finish. Texts are read as there is room for them, in a thread of their own."""
-        stream = self._stream(samples(texts, None), ordered)
+        finish. Texts are read as there is room for them, in a thread of their own.
+
+        With `provisional` a text that is sent to the cloud has two: the device's at once, marked
+        `provisional`, and the final one; all come as they are ready, whatever `ordered` says."""
+        stream = self._stream(samples(texts, None), ordered, provisional)
         try:
             while (result := self._do(stream.following())) is not None:
                 yield result
@@ -135,23 +141,28 @@ class EdgeWorker:
         *,
         id: str = "",
         deadline_ms: float | None = None,
-        on_provisional: OnProvisional | None = None,
+        on_provisional: OnAnswer | None = None,
     ) -> Answer:
         """`answer` for event loops; `on_provisional` is called in the caller's loop."""
         loop, tell = asyncio.get_running_loop(), on_provisional
         if tell is not None:
 
-            def on_provisional(answer: Answer, tell: OnProvisional = tell) -> None:
+            def on_provisional(answer: Answer, tell: OnAnswer = tell) -> None:
                 loop.call_soon_threadsafe(tell, answer)
 
         sample = _sample(text, id, deadline_ms)
         return await asyncio.wrap_future(self._begin(self.agent.answer(sample, on_provisional)))
 
     async def answer_many_async(
-        self, texts: Iterable[Given] | AsyncIterable[Given], *, ordered: bool = True
+        self,
+        texts: Iterable[Given] | AsyncIterable[Given],
+        *,
+        ordered: bool = True,
+        provisional: bool = False,
     ) -> AsyncIterator[Result]:
         """`answer_many` for event loops; an async iterable is read in the caller's loop."""
-        stream = self._stream(samples(texts, asyncio.get_running_loop()), ordered)
+        loop = asyncio.get_running_loop()
+        stream = self._stream(samples(texts, loop), ordered, provisional)
         try:
             while True:
                 result = await asyncio.wrap_future(self._begin(stream.following()))
@@ -161,6 +172,11 @@ class EdgeWorker:
         finally:
             if not self._closed:
                 await asyncio.wrap_future(self._begin(stream.close()))
+
+    def wait_for_spool(self, timeout_s: float) -> bool:
+        """Wait until every sample in the spool has its final answer; False when that takes longer."""
+        resender = self.agent.resender
+        return resender is None or self._do(resender.emptied(timeout_s))
 
     def close(self) -> None:
         """End it; whoever still waits for an answer gets a CancelledError."""
@@ -194,29 +210,11 @@ class EdgeWorker:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    async def _start(
-        self, plan: Plan, layers: Layers[NumpyArray], encode: TextEncoder, connect: Connect
-    ) -> Agent:
-        clock, settings, session = MonotonicClock(), self.settings, None
-        device = Device(layers, encode, plan.knobs, clock, self._compute)
-        transport = connect() if plan.split < self.bundle.n_layers else None
-        if transport is not None:
-            rng = random.Random()
-            session = CloudSession(transport, self.bundle, plan, settings, clock, rng)
-        chooser = self.chooser
-        choose = None if chooser is None else chooser.knobs
-        agent = Agent(self.bundle, device, session, plan.split, settings, clock, choose)
-        if chooser is not None:
-            agent.on_answer.append(chooser.answered)
-        try:
-            await agent.start()
-        except BaseException:
-            await agent.close()
-            raise
-        return agent
-
-    def _stream(self, source: AsyncGenerator[Sample | Failed, None], ordered: bool) -> Stream:
-        return Stream(self.agent, source, ordered, self.settings.max_in_flight)
+    def _stream(
+        self, source: AsyncGenerator[Sample | Failed, None], ordered: bool, provisional: bool
+    ) -> Stream:
+        in_flight = self.settings.max_in_flight
+        return Stream(self.agent, source, ordered, in_flight, provisional)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._closed:

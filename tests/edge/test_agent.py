@@ -59,7 +59,8 @@ def test_every_split_gives_the_whole_models_answers(split: int) -> None:
             assert np.array(answer.logits, np.float32).tobytes() == logits
             assert answer.where == ("device" if depth <= split else "cloud")
             assert answer.reason == ""
-            assert answer.split == split
+            assert answer.split == (split if answer.where == "cloud" else N)
+            assert answer.complete
             assert (answer.bytes_up > 0) == (answer.where == "cloud")
 
     in_world(scenario, split=split, logits=True)
@@ -531,7 +532,9 @@ def test_samples_stay_here_while_the_link_is_worse_than_asked_for() -> None:
         assert session is not None
         await world.answer(HARD)
         for nbytes in (1000, 5000, 20000, 3000, 9000):
-            session.link.transferred(nbytes, 40 + nbytes * 8 / 1000 / 0.5)  # 0.5 Mbit/s
+            transfer = session.link.sent(nbytes)
+            world.loop.jump(0.040 + nbytes * 8e-6 / 0.5)  # 0.5 Mbit/s
+            session.link.answered(transfer, 0.0)
         answer = await world.answer(HARD)
         assert (answer.where, answer.reason, answer.exit_depth) == ("device", "", N)
         # An old estimate keeps nobody here for ever.
@@ -580,8 +583,9 @@ def histories(draw: st.DrawFn) -> list[tuple[str, int, float]]:
     deadline_ms=st.sampled_from([None, 60.0, 120.0, 1000.0]),
     ordered=st.booleans(),
     in_flight=st.integers(1, 4),
+    hedge_after=st.sampled_from([math.inf, 0.0, 1.0]),
 )
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 def test_whatever_fails_and_when_no_sample_is_lost(
     history: list[tuple[str, int, float]],
     split: int,
@@ -589,6 +593,7 @@ def test_whatever_fails_and_when_no_sample_is_lost(
     deadline_ms: float | None,
     ordered: bool,
     in_flight: int,
+    hedge_after: float,
 ) -> None:
     async def scenario(world: World) -> None:
         count = sum(samples for _, samples, _ in history)
@@ -618,6 +623,7 @@ def test_whatever_fails_and_when_no_sample_is_lost(
         assert answer.label == label_of(text, answer.exit_depth)
         assert (answer.reason != "") == (answer.where == "fallback")
         assert answer.reason == "" or answer.reason in REASONS
+        assert answer.complete == (answer.exit_depth == depth)
         if answer.where == "fallback":
             assert answer.exit_depth <= depth
         else:
@@ -632,6 +638,7 @@ def test_whatever_fails_and_when_no_sample_is_lost(
         fallback=fallback,
         deadline_ms=deadline_ms,
         max_in_flight=in_flight,
+        hedge_after=hedge_after,
     )
 
 

@@ -83,14 +83,16 @@ async def test_closing_ends_whoever_still_waits(bundle: Bundle, layers: TorchAsN
             link.address,
             layers=layers,
             exits=False,
+            plan="fixed",
             offload_timeout_ms=60_000.0,
             max_in_flight=1,
         )
         assert (await worker.answer_async("w1")).where == "cloud"
         link.swallow()
         waiting = asyncio.create_task(worker.answer_async("w1"))
+        assert worker.agent.offloads is not None
         async with asyncio.timeout(10):
-            while not worker.agent.air.locked():  # noqa: ASYNC110 - there is no event for it
+            while not worker.agent.offloads.full():  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(0.01)
         await asyncio.to_thread(worker.close)
         with pytest.raises((asyncio.CancelledError, CancelledError)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from cloud_world import wait_until
+from edge_cloud import cloud_of
 
 from offramp_common.bundle import Bundle
 
@@ -182,13 +184,46 @@ def test_a_reader_that_goes_away_ends_it_quietly(graphs_bundle: Bundle) -> None:
 
 def test_a_cloud_that_is_not_there_is_no_reason_to_stop(graphs_bundle: Bundle) -> None:
     done = run(
-        graphs_bundle, "--cloud", "127.0.0.1:1", "--no-exits", "--logits", given="\n".join(TEXTS)
+        graphs_bundle,
+        *("--cloud", "127.0.0.1:1", "--plan", "fixed", "--no-exits", "--logits"),
+        given="\n".join(TEXTS),
     )
     assert done.returncode == 0, done.stderr
     for record in records(done.stdout):
         assert (record["where"], record["reason"]) == ("fallback", "unavailable")
         assert (record["exit_depth"], len(record["logits"])) == (4, 5)
     assert "unavailable 40" in done.stderr
+
+
+async def test_provisional_lines_come_before_the_final_ones(graphs_bundle: Bundle) -> None:
+    lines = "\n".join(json.dumps({"id": f"mine {i}", "text": text}) for i, text in enumerate(TEXTS))
+    how = ("--plan", "fixed", "--no-exits", "--provisional", "--deadline-ms", "20000")
+    async with cloud_of(graphs_bundle) as cloud:
+        where = ("--cloud", cloud.address)
+        done = await asyncio.to_thread(lambda: run(graphs_bundle, *where, *how, given=lines))
+    assert done.returncode == 0, done.stderr
+    got = records(done.stdout)
+    first = [record for record in got if record.get("provisional")]
+    final = [record for record in got if not record.get("provisional")]
+    assert {record["id"] for record in first} == {f"mine {i}" for i in range(40)}
+    assert sorted(record["id"] for record in final) == sorted(record["id"] for record in first)
+    assert {(record["exit_depth"], record["complete"]) for record in first} == {(2, False)}
+    assert {record["complete"] for record in final} == {True}
+    places = {(record["id"], record["complete"]): i for i, record in enumerate(got)}
+    assert all(places[record["id"], False] < places[record["id"], True] for record in first)
+    assert "40 answered" in done.stderr, "provisional ones do not count"
+
+
+def test_it_explains_what_it_decided_on(graphs_bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "sum.json"
+    where = ("--cloud", "127.0.0.1:1", "--min-split", "1", "--json", str(file))
+    done = run(graphs_bundle, *where, "--explain", given="\n".join(TEXTS))
+    assert done.returncode == 0, done.stderr
+    assert "not to be sent" in done.stderr
+    depths = json.loads(file.read_text())["explained"]["depths"]
+    assert [bool(row["options"]) for row in depths] == [False, True, True, True]
+    alone = run(graphs_bundle, "--explain", given=TEXTS[0])
+    assert "every sample the same way" in alone.stderr
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_json_lines_carry_id_label_and_deadline(tmp_path: Path) -> None:
         b'\xef\xbb\xbf{"id": 7, "text": "x", "label": "alarm"}\n'
         b'{"text": ["a", "b"], "deadline_ms": 20}\n',
     )
-    assert items == [Sample("x", "1"), Sample(("a", "b"), "2", 20)]
+    assert items == [Sample("x", "1", ref=7), Sample(("a", "b"), "2", 20)]
     assert (given.asked["1"].id, given.asked["1"].label) == (7, "alarm")
     assert (given.asked["2"].id, given.asked["2"].label) == ("2", None)
 

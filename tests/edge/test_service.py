@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import math
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +21,13 @@ from offramp_edge.inference import MAX_TEXTS, outputs_of, parse
 from offramp_edge.service import MAX_BODY_BYTES, Service
 
 NAME = "toy"
+# A sample that is sent stays sent: on a busy machine a hedge would answer before the cloud.
+IN_CLOUD: dict[str, Any] = {"plan": "fixed", "hedge_after": math.inf}
 
 
 @pytest.fixture
 async def worker(bundle: Bundle, layers: TorchAsNumpy) -> AsyncIterator[EdgeWorker]:
-    async with EdgeWorker(bundle, layers=layers, logits=True) as made:
+    async with EdgeWorker(bundle, layers=layers, logits=True, deadline_ms=None) as made:
         yield made
 
 
@@ -155,7 +160,8 @@ async def test_without_its_cloud_it_is_ready_and_says_how_things_are(
     bundle: Bundle, layers: TorchAsNumpy
 ) -> None:
     async with cloud_of(bundle) as cloud:
-        worker = EdgeWorker(bundle, cloud.address, layers=layers, exits=False, logits=True)
+        how: dict[str, Any] = {"exits": False, "logits": True, **IN_CLOUD}
+        worker = EdgeWorker(bundle, cloud.address, layers=layers, **how)
         async with worker, TestClient(TestServer(Service(worker).app())) as client:
             body = request_of("w1", parameters={"deadline_ms": 5000})
             (_, _, _, where, reason) = (await infer(client, body))["outputs"]
@@ -201,3 +207,51 @@ def test_a_regression_has_a_number_and_no_probability() -> None:
     assert "probability" not in named
     assert named["label"]["datatype"] == "FP32"
     assert named["logits"]["shape"] == [-1, 1]
+
+
+async def lines_of(client: TestClient[Any, Any], body: Any) -> list[dict[str, Any]]:
+    async with client.post(f"/v2/models/{NAME}/infer", json=body) as response:
+        assert response.status == 200, await response.text()
+        assert response.content_type == "application/x-ndjson"
+        return [json.loads(line) async for line in response.content]
+
+
+async def test_a_provisional_answer_is_streamed_before_the_final_one(
+    bundle: Bundle, layers: TorchAsNumpy
+) -> None:
+    how: dict[str, Any] = {"exits": False, **IN_CLOUD}
+    async with cloud_of(bundle) as cloud:
+        worker = EdgeWorker(bundle, cloud.address, layers=layers, **how)
+        async with worker, TestClient(TestServer(Service(worker).app())) as client:
+            parameters = {"provisional": True, "deadline_ms": 5000}
+            first, final = await lines_of(client, request_of("w1", "w2", parameters=parameters))
+            assert first["parameters"] == {"provisional": True}
+            assert "parameters" not in final
+            for reply, reason, depth in ((first, "provisional", 2), (final, "", 4)):
+                rows = {entry["name"]: entry["data"] for entry in reply["outputs"]}
+                assert rows["reason"] == [reason] * 2
+                assert rows["exit_depth"] == [depth] * 2
+
+
+async def test_answers_that_are_final_at_once_are_one_line(client: TestClient[Any, Any]) -> None:
+    (final,) = await lines_of(client, request_of("w1", parameters={"provisional": True}))
+    assert "parameters" not in final
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+async def test_provisional_is_true_or_false(client: TestClient[Any, Any], value: Any) -> None:
+    reply = await infer(client, request_of("w1", parameters={"provisional": value}), status=400)
+    assert "provisional" in reply["error"]
+
+
+async def test_the_contracts_numbers_are_among_the_metrics(
+    bundle: Bundle, layers: TorchAsNumpy, tmp_path: Path
+) -> None:
+    async with cloud_of(bundle) as cloud:
+        worker = EdgeWorker(bundle, cloud.address, layers=layers, spool=str(tmp_path / "spool"))
+        async with worker, TestClient(TestServer(Service(worker).app())) as client:
+            await infer(client, request_of("w1"))
+            async with client.get("/metrics") as response:
+                text = await response.text()
+    for name in ("hedges_begun", "hedges_wasted", "retries", "late_replies", "spool_samples"):
+        assert f"offramp_edge_{name} 0.0" in text

@@ -29,7 +29,7 @@ def test_a_file_sets_what_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("splitt = 2", "unknown setting 'splitt'; there are: split,"),
+        ("splitt = 2", "unknown setting 'splitt'; there are: plan, split,"),
         ("split = true", "split = True"),
         ('deadline_ms = "10"', "deadline_ms"),
         ("deadline_ms = 0", "above 0"),

@@ -23,6 +23,7 @@ def answer(where: str = "device", **fields: object) -> Answer:
         "where": where,
         "reason": "",
         "split": 2,
+        "complete": True,
         "confidence": 0.5,
         "ms": 4.0,
     }

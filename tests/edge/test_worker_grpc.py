@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from toy_models import toy_bundle
 
 from offramp_common import certs
 from offramp_common.bundle import Bundle
-from offramp_common.errors import CloudUnavailable, DeadlineExceeded, RequestError
+from offramp_common.errors import CloudBusy, CloudUnavailable, DeadlineExceeded, RequestError
 from offramp_common.runner import run
 from offramp_common.text import TextEncoder
 from offramp_common.transport import Hello, Offload
@@ -25,7 +26,8 @@ from offramp_edge.answers import Failed
 from offramp_edge.grpc_transport import GrpcTransport
 
 TEXTS = [f"w{i % 96} w{i * 7 % 96} w{i * 11 % 13}" for i in range(60)]
-HARD_KNOBS: dict[str, Any] = {"exits": False}
+# A sample that is sent stays sent: on a busy machine a hedge would answer before the cloud.
+HARD_KNOBS: dict[str, Any] = {"exits": False, "plan": "fixed", "hedge_after": math.inf}
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -65,6 +67,7 @@ async def test_all_answers_are_the_whole_models_bit_for_bit(
             codec="fp32",
             logits=True,
             max_in_flight=1,
+            hedge_after=math.inf,
         ) as worker,
     ):
         answers = [a async for a in worker.answer_many_async(TEXTS)]
@@ -80,7 +83,13 @@ async def test_many_in_flight_are_not_mixed_up(bundle: Bundle, layers: TorchAsNu
     async with (
         cloud_of(bundle) as cloud,
         EdgeWorker(
-            bundle, cloud.address, layers=layers, split=0, logits=True, max_in_flight=32
+            bundle,
+            cloud.address,
+            layers=layers,
+            split=0,
+            logits=True,
+            max_in_flight=32,
+            hedge_after=math.inf,
         ) as worker,
     ):
         await until(lambda: up(worker))
@@ -247,8 +256,9 @@ async def test_a_link_cut_in_mid_run_loses_no_sample(bundle: Bundle, layers: Tor
                 if len(got) == 150:
                     link.mend()
             assert [a.text for a in got] == TEXTS * 5
-            assert {a.where for a in got} == {"cloud", "fallback"}
+            assert {"cloud", "fallback"} <= {a.where for a in got}
             assert {a.reason for a in got} == {"", "unavailable"}
+            assert all(a.complete for a in got)
             await until(lambda: up(worker))
             assert (await worker.answer_async(TEXTS[0])).where == "cloud"
 
@@ -331,6 +341,62 @@ async def test_the_transport_translates_what_the_cloud_says(bundle: Bundle) -> N
         await transport.close()
 
 
+async def test_work_that_nobody_waits_for_is_given_up_by_the_cloud(
+    bundle: Bundle, layers: TorchAsNumpy
+) -> None:
+    async with cloud_of(bundle) as cloud:
+        worker = EdgeWorker(
+            bundle, cloud.address, layers=layers, **{**HARD_KNOBS, "hedge_after": 0.0}
+        )
+        async with worker:
+            await until(lambda: up(worker))
+            cloud.backend.free.clear()
+            answer = await worker.answer_async(TEXTS[0])
+            assert (answer.where, answer.hedge, answer.complete) == ("device", "device", True)
+            # Not at its deadline of two seconds, but as soon as the device had the answer.
+            await until(lambda: cloud.gateway.at_work == 0, 1.0)
+            assert cloud.served[-1].status == "CANCELLED"
+            cloud.backend.free.set()
+            slow = EdgeWorker(bundle, cloud.address, layers=layers, **HARD_KNOBS)
+            async with slow:
+                assert (await slow.answer_async(TEXTS[1])).where == "cloud"
+
+
+async def test_replies_after_the_deadline_are_dropped_and_counted(
+    bundle: Bundle, layers: TorchAsNumpy
+) -> None:
+    async with cloud_of(bundle) as cloud, Link(cloud.address) as link:
+        worker = EdgeWorker(bundle, link.address, layers=layers, **HARD_KNOBS)
+        async with worker:
+            await until(lambda: up(worker))
+            session = worker.agent.session
+            assert session is not None
+            cloud.backend.free.clear()
+            asking = asyncio.create_task(worker.answer_async(TEXTS[0], deadline_ms=400))
+            await until(lambda: cloud.gateway.at_work == 1)
+            link.swallow()  # the answer is on its way when nobody waits for it any more
+            cloud.backend.free.set()
+            answer = await asking
+            assert answer.ms <= 400
+            link.mend()
+            await until(lambda: session.late_replies >= 1)
+
+
+async def test_how_long_a_full_cloud_wants_to_be_left_alone_arrives(bundle: Bundle) -> None:
+    async with cloud_of(bundle) as cloud:
+        transport = GrpcTransport(cloud.address)
+
+        async def full(*work: Any, **how: Any) -> Any:
+            raise CloudBusy("full; come later", 1500.0)
+
+        cloud.backend.complete = full  # type: ignore[method-assign]
+        work = Offload("r", bundle.manifest.name, bundle.digest(2), b"whatever")
+        with pytest.raises(CloudBusy) as refused:
+            await transport.complete(work, timeout_s=5)
+        assert refused.value.retry_after_ms == pytest.approx(1500.0)
+        await transport.close()
+
+
 async def test_sync_and_async_calls_share_one_worker(bundle: Bundle, layers: TorchAsNumpy) -> None:
     async with (
         cloud_of(bundle) as cloud,
@@ -396,7 +462,7 @@ def test_without_a_cloud_all_layers_run_here(bundle: Bundle, layers: TorchAsNump
 
 @pytest.mark.slow
 async def test_a_killed_cloud_process_loses_no_sample(bundle: Bundle, layers: TorchAsNumpy) -> None:
-    arguments = ["--bundle", str(bundle.path), "--local"]
+    arguments = ["--bundle", str(bundle.path), "--local", "--insecure"]
 
     async def answered(worker: EdgeWorker, kill: Callable[[], None]) -> list[Answer]:
         got: list[Answer] = []
@@ -414,7 +480,8 @@ async def test_a_killed_cloud_process_loses_no_sample(bundle: Bundle, layers: To
             await until(lambda: up(worker))
             got = await answered(worker, first.process.kill)
             assert [a.text for a in got] == TEXTS * 3
-            assert {a.where for a in got} == {"cloud", "fallback"}
+            assert {"cloud", "fallback"} <= {a.where for a in got}
+            assert all(a.complete for a in got)
             with serving([*arguments, "--listen", address]):
                 await until(lambda: up(worker))
                 assert (await worker.answer_async(TEXTS[0])).where == "cloud"

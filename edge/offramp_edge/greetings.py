@@ -1,0 +1,56 @@
+"""Handshakes that do not wait for one another.
+
+On a link that has swallowed one, the next must not wait until that has certainly failed: it would be so much
+longer until a link that is back is found out. So each is given up only after the longest wait, but soon
+another one follows; whichever is answered first counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from offramp_common.clock import Clock
+from offramp_common.transport import Hello, Transport, Welcome
+
+Greeted = tuple[Welcome, float]
+"""The cloud's answer, and the milliseconds it took."""
+
+
+class Greetings:
+    def __init__(self, transport: Transport, clock: Clock, longest_s: float) -> None:
+        self._transport, self._clock, self._longest_s = transport, clock, longest_s
+        self._pending: set[asyncio.Task[Greeted]] = set()
+
+    async def greet(self, hello: Hello, patience_s: float) -> Greeted:
+        """Send another one, and wait for it and for those before it. Raises what the last to fail raised, or
+        TimeoutError; then some of them may still be answered during the next call."""
+        self._pending.add(asyncio.create_task(self._hello(hello)))
+        failure: BaseException | None = None
+        try:
+            async with asyncio.timeout(patience_s):
+                while self._pending:
+                    done, self._pending = await asyncio.wait(
+                        self._pending, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for task in done:
+                        failure = task.exception()
+                        if failure is None:
+                            await self.close()
+                            return task.result()
+        except TimeoutError:
+            raise TimeoutError(f"no answer to the handshake within {patience_s:.1f} s") from None
+        assert failure is not None
+        raise failure
+
+    async def close(self) -> None:
+        pending, self._pending = self._pending, set()
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+    async def _hello(self, hello: Hello) -> Greeted:
+        began_s = self._clock.now()
+        # The transport's own limit first: it draws conclusions from it.
+        async with asyncio.timeout(1.1 * self._longest_s):
+            welcome = await self._transport.hello(hello, timeout_s=self._longest_s)
+        return welcome, 1000 * (self._clock.now() - began_s)
