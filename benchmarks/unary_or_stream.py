@@ -165,7 +165,7 @@ async def _overhead(
 
 
 async def measured(args: argparse.Namespace) -> dict[str, Any]:
-    command = ["cloud", "serve", "--local", "--listen", "127.0.0.1:0", "--bundle"]
+    command = ["cloud", "serve", "--local", "--insecure", "--listen", "127.0.0.1:0", "--bundle"]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "offramp_common", *command, str(args.bundle)),
         stdout=asyncio.subprocess.PIPE,

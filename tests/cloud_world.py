@@ -26,6 +26,7 @@ from offramp_common.bundle import Bundle
 from offramp_common.frames import encode_frame
 from offramp_common.runner import Knobs, Step, run
 from offramp_common.transport import Completion, Offload
+from offramp_model.packed_layers import PackedLayers
 from offramp_model.split_model import TorchLayers, to_torch
 
 _STARTS_S = 120.0
@@ -107,10 +108,10 @@ class WatchedLayers:
 
     POISON = 12345.0
 
-    def __init__(self, layers: TorchLayers) -> None:
+    def __init__(self, layers: TorchLayers | PackedLayers) -> None:
         self._layers = layers
         self.runs: list[tuple[int, int]] = []
-        """(depth, rows) of each step."""
+        """(depth, rows) of each batch of each step."""
         self.knobs: list[Knobs] = []
         self.entered = threading.Event()
         self.free = threading.Event()
@@ -121,13 +122,19 @@ class WatchedLayers:
         return self._layers.n_layers
 
     def step(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
-        self.runs.append((acts.depth, acts.batch_size))
-        self.knobs.append(knobs)
+        return self.steps([(acts, knobs)])[0]
+
+    def steps(self, parts: Sequence[tuple[Activations[Tensor], Knobs]]) -> list[Step[Tensor]]:
+        for acts, knobs in parts:
+            self.runs.append((acts.depth, acts.batch_size))
+            self.knobs.append(knobs)
         self.entered.set()
         assert self.free.wait(30), "the test never let the layers go on"
-        if bool((acts.hidden_BTD == self.POISON).any()):
+        if any(bool((acts.hidden_BTD == self.POISON).any()) for acts, _ in parts):
             raise RuntimeError("poisoned row")
-        return self._layers.step(acts, knobs)
+        if isinstance(self._layers, PackedLayers):
+            return self._layers.steps(parts)
+        return [self._layers.step(acts, knobs) for acts, knobs in parts]
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -1,112 +1,152 @@
-"""The cloud tier in Ray Serve: one application a bundle, whose replicas hold one engine each.
+"""The cloud tier in Ray Serve: an application a bundle and version, whose replicas hold one engine each.
 
-The only module that imports ray. Serve places, replaces and counts replicas; the gateway calls them
-through handles, from its own event loop. docs/decisions/0003-cloud-data-path.md has the measurements.
+Serve places, scales, health-checks and replaces replicas. Requests do not pass it: they go to a port of
+the replica's own (replica_server.py). docs/decisions/0012-data-plane.md has the measurements.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import logging
+import math
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Read when ray.serve is imported, here and in replicas: handles send bytes over gRPC rather than
-# through the object store, in this event loop rather than another thread's. Direct ingress, which
-# the first switch turns on too, would open ports for HTTP that nobody uses.
-_SWITCHES = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
-for _name, _value in (*_SWITCHES.items(), ("RAY_USAGE_STATS_ENABLED", "0")):
-    os.environ.setdefault(_name, _value)
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.schema import ApplicationStatus
 
-import ray  # noqa: E402
-from ray import serve  # noqa: E402
-from ray.exceptions import RayError  # noqa: E402
-from ray.serve.exceptions import BackPressureError, RayServeException  # noqa: E402
-from ray.serve.handle import DeploymentHandle  # noqa: E402
-from ray.serve.schema import ApplicationStatus  # noqa: E402
+from offramp_cloud import cluster, cluster_keys
+from offramp_cloud.backends import ReplicatedBackend, depths_of
+from offramp_cloud.placement import Placement
+from offramp_cloud.rates import Rates
+from offramp_cloud.replica_link import Endpoint
+from offramp_cloud.replica_server import ReplicaServer
+from offramp_cloud.scaling import WorkLeft
+from offramp_common.bundle import Bundle
+from offramp_common.errors import CloudUnavailable, ConfigError
+from offramp_common.tracing import tracer_to
 
-from offramp_cloud.backends import Replicas, ReplicatedBackend  # noqa: E402
-from offramp_cloud.engine import load_engine  # noqa: E402
-from offramp_cloud.host import Host  # noqa: E402
-from offramp_cloud.placement import Placement, secure_own_ray  # noqa: E402
-from offramp_cloud.statuses import Outcome  # noqa: E402
-from offramp_common.bundle import Bundle  # noqa: E402
-from offramp_common.errors import CloudBusy, CloudUnavailable, ConfigError  # noqa: E402
-
-for _name in ("ray", "ray.serve"):
-    logging.getLogger(_name).setLevel(logging.ERROR)  # progress is ours to report
-
-_OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it; about the least that Ray takes
-_ATTACH_S = 30.0  # how long a deployed application may take to say what it serves
+_CONNECT_S = 30.0  # how long the replicas of a Ray that was joined may take to answer
 _UP_S = 120.0  # how long replicas may take to start
 _POLL_S = 0.1
-_MAX_ONGOING = 4096  # per replica: the engine refuses for load, before Serve would hold back
+_START_TRIES = 3  # a bundle that cannot be loaded will not be by trying on
+_LOOK_BACK_S = 2.0  # the autoscaler sees the mean of so long
+_KILLED_S = 5.0  # a replica that should be gone is killed so long after its own patience
 
 
 class Tail:
-    """A replica: the engine of one bundle. Errors are returned, so that what a call raises can only
-    mean that the replica is gone."""
+    """A replica: the engine of one bundle behind a port of its own."""
 
-    def __init__(self, bundle: str, placement: Placement) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, bundle: str, placement: Placement, order: float
+    ) -> None:
+        """Registers last: a bundle that cannot be loaded, or answers nonsense, takes no request."""
+        # Here, because they bring torch: gateways import this module, too.
+        from offramp_cloud.engine import load_engine
+        from offramp_cloud.host import Host
+        from offramp_cloud.trial import try_out
+
         engine = load_engine(
-            bundle, threads=placement.threads, limits=placement.limits, load=placement.load
+            bundle,
+            threads=placement.threads,
+            limits=placement.limits,
+            load=placement.load,
+            device=placement.device,
+            precision=placement.precision,
         )
-        self._host = Host([engine])
+        await try_out(engine)
+        self._noting = ExitStack()
+        engine.tracer = self._noting.enter_context(
+            tracer_to(placement.trace, f"offramp-replica-{os.getpid()}")
+        )
+        self._drain_s = placement.drain_s
+        self._rates = Rates(engine)
+        self._server = ReplicaServer(
+            Host([engine]),
+            cluster_keys.server_credentials(cluster.secret()),
+            self._rates.now,
+        )
+        self._endpoint = Endpoint(
+            name=cluster.own_name(),
+            address=await self._server.start(cluster.node_address()),
+            app=serve.get_replica_context().app_name,
+            bundle=engine.name,
+            order=order,
+            depths={digest.hex(): depth for digest, depth in depths_of(engine.bundle).items()},
+        )
+        cluster.register(self._endpoint)
 
-    async def complete(self, request: bytes, budget_ms: float) -> Outcome:
-        return await self._host.complete(request, budget_ms)
+    async def __del__(self) -> None:
+        """Serve awaits it when it takes the replica away."""
+        cluster.strike_off(self._endpoint.name)
+        await self._server.close(self._drain_s)
+        self._noting.close()
 
-    async def hello(self, request: bytes) -> Outcome:
-        return self._host.hello(request)
-
-    async def bundles(self) -> tuple[str, ...]:
-        return self._host.bundles
-
-    async def probe(self) -> tuple[int, dict[str, dict[str, Any]]]:
-        """(process id, bundle -> counters)."""
-        return os.getpid(), self._host.counters()
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler asks for (scaling.WorkLeft reads it)."""
+        return asdict(self._rates.now())
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of one bundle, for `serve run` and `serve deploy` (deploy/serve.yaml).
 
-    args: `bundle` (a directory that every node can read); `replicas`, `threads`, `drain_s`.
+    args: `bundle` (a directory that every node can read); `replicas`, `max_replicas`, `threads`,
+    `cpus`, `drain_s`, `device`, `precision`; `order`, a number that is higher for newer versions of
+    the bundle.
     """
-    known = {"bundle", "replicas", "threads", "drain_s"}
+    known = {"bundle", "replicas", "max_replicas", "threads", "cpus", "drain_s", "order"}
+    known |= {"device", "precision"}
     if "bundle" not in args or not set(args) <= known:
         raise ConfigError(
             f"arguments {sorted(args)}: `bundle` is needed, known are {sorted(known)}"
         )
     placement = Placement(
         replicas=int(args.get("replicas", 1)),
+        max_replicas=int(args.get("max_replicas", 0)),
         threads=int(args.get("threads", 1)),
+        cpus=float(args.get("cpus", 0)),
         drain_s=float(args.get("drain_s", 20.0)),
+        device=str(args.get("device", "cpu")),
+        precision=str(args.get("precision", "fp32")),
     )
-    # A cluster of somebody else's: replicas need the switches, too.
-    return _application(str(args["bundle"]), placement, {"env_vars": _SWITCHES})
+    return application(str(args["bundle"]), placement, float(args.get("order", 0)))
 
 
-def _application(
-    bundle: str, placement: Placement, runtime_env: Mapping[str, Any]
-) -> serve.Application:
+def application(bundle: str, placement: Placement, order: float) -> serve.Application:
+    """See `build`."""
+    scaling: dict[str, Any] = {"num_replicas": placement.replicas}
+    if placement.max_replicas > placement.replicas:
+        policy = AutoscalingPolicy(policy_function=WorkLeft)  # type: ignore[no-untyped-call]
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=placement.replicas,
+                max_replicas=placement.max_replicas,
+                policy=policy,
+                look_back_period_s=_LOOK_BACK_S,
+                upscale_delay_s=0.0,
+                downscale_delay_s=placement.scale_down_s,
+            )
+        }
     deployment: serve.Deployment = serve.deployment(
-        num_replicas=placement.replicas,
-        max_ongoing_requests=_MAX_ONGOING,
-        graceful_shutdown_timeout_s=placement.drain_s,
+        **scaling,
+        graceful_shutdown_timeout_s=placement.drain_s + _KILLED_S,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,
-        ray_actor_options={"num_cpus": placement.threads, "runtime_env": dict(runtime_env)},
+        max_constructor_retry_count=_START_TRIES,
+        ray_actor_options={"num_cpus": placement.num_cpus},
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(Tail)
-    return deployment.bind(bundle, placement)
+    return deployment.bind(bundle, placement, order)
+
+
+def app_name(bundle: Bundle) -> str:
+    """offramp-NAME-VERSION: an application for each version of a bundle."""
+    return f"offramp-{bundle.manifest.name}-{bundle.digest(min(bundle.cuts)).hex()[:8]}"
 
 
 def start(
@@ -115,51 +155,57 @@ def start(
     *,
     address: str | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> ReplicatedBackend:
+) -> cluster.Owned:
     """Place the bundles in a Ray of our own (call secure_own_ray before importing this module), or in
     the one at `address`; blocks until replicas are up.
 
     Raises ConfigError when there is no such Ray, it refuses us, or replicas cannot start there; and
     CloudUnavailable between two steps once `stopped` says so. What was started is then stopped.
     """
-    names = {Bundle.read(path).manifest.name: path for path in bundles}
-    owned = Owned()
+    owned = cluster.Owned()
     try:
         if address is None:
-            _start_ray(owned, num_cpus=len(names) * placement.replicas * placement.threads)
+            replicas = len(bundles) * max(placement.replicas, placement.max_replicas)
+            cluster.start_ray(owned, num_cpus=math.ceil(replicas * placement.num_cpus))
         else:
-            _join_ray(address)
+            cluster.join_ray(address)
         _go_on(stopped)
-        serve.start(proxy_location="Disabled")
+        start_serve()
         _go_on(stopped)
-        handles = _deploy(names, placement, owned)
-        _await_replicas(owned, stopped)
-        return ReplicatedBackend(handles, placement.replicas, owned.close)
+        place([Bundle.read(path) for path in bundles], placement, owned)
+        await_replicas(owned.apps, stopped)
+        return owned
     except BaseException:
         asyncio.run(owned.close())
         raise
 
 
-async def attach(apps: Sequence[str], address: str) -> ReplicatedBackend:
-    """A further gateway's backend: applications that are deployed already, by name.
+async def backend(
+    on_close: Callable[[], Awaitable[None]], only: Sequence[str] = ()
+) -> ReplicatedBackend:
+    """A gateway's way to the replicas of the Ray that this process is in.
 
-    Raises ConfigError for an unknown Ray or application, CloudUnavailable when no replica answers.
+    Raises CloudUnavailable when none answers; `on_close` has then been called.
     """
-    await asyncio.to_thread(_join_ray, address)
-    handles: dict[str, Replicas] = {}
-    running = 1
-    for app in apps:
-        try:
-            handle = Handle(await asyncio.to_thread(serve.get_app_handle, app))
-            status = await asyncio.to_thread(serve.status)
-        except RayServeException as error:
-            raise ConfigError(f"no application {app!r} in the Ray at {address}: {error}") from error
-        for deployment in status.applications[app].deployments.values():
-            running = max(running, sum(deployment.replica_states.values()))
-        async with asyncio.timeout(_ATTACH_S):
-            (bundle,) = await handle.call("bundles")
-        handles[bundle] = handle
-    return ReplicatedBackend(handles, running, Owned().close)
+    credentials = cluster_keys.channel_credentials(await asyncio.to_thread(cluster.secret))
+    found = ReplicatedBackend(cluster.RayDirectory(), credentials, on_close, only=only)
+    await found.start(_CONNECT_S)
+    return found
+
+
+def start_serve() -> None:
+    """Without its proxies; does nothing where Serve runs already."""
+    serve.start(proxy_location="Disabled")
+
+
+def deployed() -> set[str]:
+    """Names of the applications in this Ray."""
+    return set(serve.status().applications)
+
+
+def remove(name: str) -> None:
+    """Take an application away; its replicas finish what they have."""
+    serve.delete(name)
 
 
 def _go_on(stopped: Callable[[], bool]) -> None:
@@ -167,65 +213,30 @@ def _go_on(stopped: Callable[[], bool]) -> None:
         raise CloudUnavailable("told to stop while starting")
 
 
-def _start_ray(owned: Owned, num_cpus: int) -> None:
-    """A Ray for this process alone; it ends with it, however that ends."""
-    secure_own_ray()  # again: a caller that forgot hears of it here
-    # Ray's sockets lie deep below it, and their paths may have 107 bytes.
-    base = tempfile.gettempdir()
-    owned.temp_dir = tempfile.mkdtemp(prefix="offramp-", dir=base if len(base) < 32 else "/tmp")
-    try:
-        ray.init(
-            num_cpus=num_cpus,
-            num_gpus=0,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=owned.temp_dir,
-            _node_ip_address="127.0.0.1",
-        )
-    except Exception as error:  # Ray raises a plain one when its processes do not come up in time
-        raise ConfigError(
-            f"Ray does not start here ({error}); `ray start --head --block` shows more, and --local "
-            "does without it"
-        ) from error
-
-
-def _join_ray(address: str) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        raise ConfigError(
-            f"--address {address}: cannot join ({error}); set RAY_AUTH_TOKEN to that cluster's, and use "
-            "the same versions of ray and Python"
-        ) from error
-
-
-def _deploy(bundles: Mapping[str, Path], placement: Placement, owned: Owned) -> dict[str, Handle]:
-    """Ask for an application per bundle; returns their handles by the bundle's name."""
-    there = serve.status().applications
-    runtime_env = {} if owned.temp_dir else {"env_vars": _SWITCHES}
+def place(bundles: Sequence[Bundle], placement: Placement, owned: cluster.Owned) -> None:
+    """Ask for an application a bundle; does not wait. Raises ConfigError for one that is there."""
+    there = deployed()
     targets = []
-    for name, path in bundles.items():
-        app = f"offramp-{name}"
-        if app in there:
+    for bundle in bundles:
+        name = app_name(bundle)
+        if name in there:
             raise ConfigError(
-                f"{app} is deployed in this Ray already; `--attach {app}` puts another gateway "
-                "before it"
+                f"{name} is deployed in this Ray already; `--attach {bundle.manifest.name}` puts "
+                "another gateway before it"
             )
-        application = _application(str(path.resolve()), placement, runtime_env)
-        targets.append(serve.RunTarget(application, app, route_prefix=None))
+        app = application(str(bundle.path.resolve()), placement, time.time())
+        targets.append(serve.RunTarget(app, name, route_prefix=None))
     owned.apps += [target.name for target in targets]
-    handles = serve.run_many(targets, wait_for_applications_running=False)
-    return {name: Handle(handle) for name, handle in zip(bundles, handles, strict=True)}
+    serve.run_many(targets, wait_for_applications_running=False)
 
 
-def _await_replicas(owned: Owned, stopped: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + _UP_S
+def await_replicas(names: Sequence[str], stopped: Callable[[], bool], up_s: float = _UP_S) -> None:
+    """Until all the applications run. Raises ConfigError where one cannot, or is late."""
+    until_s = time.monotonic() + up_s
     while True:
         _go_on(stopped)
         there = serve.status().applications
-        apps = {name: there[name] for name in owned.apps}
+        apps = {name: there[name] for name in names}
         if all(app.status == ApplicationStatus.RUNNING for app in apps.values()):
             return
         for name, app in apps.items():
@@ -235,55 +246,8 @@ def _await_replicas(owned: Owned, stopped: Callable[[], bool]) -> None:
                 # Each ends with the reason; before it stands a replica's whole traceback.
                 why = "; ".join(text.strip().splitlines()[-1] for text in said if text.strip())
                 raise ConfigError(
-                    f"{name} {'cannot start' if failed else f'is not up after {_UP_S:g} s'}: {why} "
+                    f"{name} {'cannot start' if failed else f'is not up after {up_s:g} s'}: {why} "
                     "(in a cluster: is the bundle on every node, and has it as many CPUs as replicas "
                     "x threads?)"
                 )
         time.sleep(_POLL_S)
-
-
-class Handle:
-    """A Serve handle as the backend's Replicas. Used from one event loop."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-
-    async def call(self, method: str, *args: Any) -> Any:
-        response = getattr(self._handle, method).remote(*args)
-        try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()  # the replica would go on otherwise
-            raise
-        except BackPressureError as error:
-            raise CloudBusy(f"{error}; retry later") from error
-        except (RayError, RayServeException) as error:
-            kind = type(error).__name__
-            raise CloudUnavailable(f"no replica could answer ({kind}); retry later") from error
-
-
-@dataclass
-class Owned:
-    """What was started here, and has to be stopped.
-
-    apps       Serve applications of ours
-    temp_dir   of a Ray that was started here; None in a cluster that was joined
-    """
-
-    apps: list[str] = field(default_factory=list)
-    temp_dir: str | None = None
-
-    async def close(self) -> None:
-        # Ray reports its own end as failures, in its log and with `print`.
-        logging.getLogger("ray").setLevel(logging.CRITICAL)
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                if ray.is_initialized() and self.temp_dir is not None:
-                    await serve.shutdown_async()  # type: ignore[no-untyped-call]
-                elif ray.is_initialized():
-                    for app in self.apps:
-                        await asyncio.to_thread(serve.delete, app)
-            finally:
-                await asyncio.to_thread(ray.shutdown)
-                if self.temp_dir is not None:
-                    shutil.rmtree(self.temp_dir, ignore_errors=True)

@@ -1,22 +1,32 @@
-"""Who answers for the gateway: engines in its own process, or Serve replicas (app.py)."""
+"""Who answers for the gateway: engines in its own process, or replicas elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from offramp_cloud.host import Host
+import grpc
+import msgpack
+
+from offramp_cloud.rates import Rates, refuse_late
+from offramp_cloud.replica_link import Endpoint, ReplicaLink
+from offramp_cloud.routes import Directory, Routes
 from offramp_cloud.statuses import Outcome
-from offramp_common.errors import CloudBusy, CloudUnavailable
+from offramp_common.bundle import Bundle
+from offramp_common.errors import CloudUnavailable
+from offramp_common.wire import replica_pb2 as pb
+
+if TYPE_CHECKING:
+    from offramp_cloud.host import Host  # with torch, which a gateway needs not
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 2.0  # how long another replica is waited for when one has died with a request
+_LOOK_S = 0.5  # how often the directory is looked at
+_LEAVES_S = 20.0  # how long a replica that was struck off may finish what it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,26 +38,31 @@ class Replica:
 
 
 class Backend(Protocol):
-    """Calls for a bundle not in `bundles` are never made. Cancelling a call cancels the work."""
+    """Calls for a bundle not in `bundles` are never made. Cancelling a call cancels the work.
+
+    `digest` and `digests` are what the device's request names: they choose the version."""
 
     @property
     def bundles(self) -> tuple[str, ...]: ...
 
-    @property
-    def replicas(self) -> int:
-        """How many each bundle should have, as far as is known."""
+    def depth_of(self, bundle: str, digest: bytes) -> int | None:
+        """The layers that had run when a request with this digest was made; None where unknown."""
         ...
 
-    async def complete(self, bundle: str, request: bytes, budget_ms: float) -> Outcome:
+    async def complete(
+        self, bundle: str, digest: bytes, request: bytes, budget_ms: float
+    ) -> Outcome:
         """An OffloadRequest's bytes in, an OffloadReply's bytes or a status out."""
         ...
 
-    async def hello(self, bundle: str, request: bytes) -> Outcome:
+    async def hello(
+        self, bundle: str, digests: Collection[bytes], request: bytes, budget_ms: float
+    ) -> Outcome:
         """A HelloRequest's bytes in, a HelloReply's bytes or a status out."""
         ...
 
-    async def probe(self, bundle: str) -> Replica:
-        """Any replica of the bundle; raises CloudUnavailable when none answers."""
+    async def probe(self, bundle: str, timeout_s: float) -> list[Replica]:
+        """Those replicas of the bundle that answer in time; never raises."""
         ...
 
     async def close(self) -> None: ...
@@ -56,84 +71,149 @@ class Backend(Protocol):
 class LocalBackend:
     """Engines in this process: no Ray, starts in seconds, one machine."""
 
-    replicas = 1
-
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._depths = {engine.name: depths_of(engine.bundle) for engine in host.engines}
+        self._rates = {engine.name: Rates(engine) for engine in host.engines}
 
     @property
     def bundles(self) -> tuple[str, ...]:
         return self._host.bundles
 
-    async def complete(self, bundle: str, request: bytes, budget_ms: float) -> Outcome:
+    def depth_of(self, bundle: str, digest: bytes) -> int | None:
+        return self._depths[bundle].get(digest)
+
+    async def complete(
+        self, bundle: str, digest: bytes, request: bytes, budget_ms: float
+    ) -> Outcome:
+        work = self._rates[bundle].now()
+        refuse_late(work.left, work.capacity, budget_ms)
         return await self._host.complete(request, budget_ms)
 
-    async def hello(self, bundle: str, request: bytes) -> Outcome:
+    async def hello(
+        self, bundle: str, digests: Collection[bytes], request: bytes, budget_ms: float
+    ) -> Outcome:
         return self._host.hello(request)
 
-    async def probe(self, bundle: str) -> Replica:
-        return Replica(os.getpid(), self._host.counters()[bundle])
+    async def probe(self, bundle: str, timeout_s: float) -> list[Replica]:
+        return [Replica(os.getpid(), self._host.counters()[bundle])]
 
     async def close(self) -> None:
         await self._host.close()
 
 
-class Replicas(Protocol):
-    """A bundle's replicas in other processes (app.Handle), as one that can be called."""
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """What a method of app.Tail returns, from any of them.
-
-        Raises CloudUnavailable when the one that was asked is gone, CloudBusy when all are full."""
-        ...
-
-
 class ReplicatedBackend:
-    """Replicas that may die, and are replaced by whoever placed them."""
+    """Replicas that come, go and die; the directory says where they are. One event loop."""
 
     def __init__(
         self,
-        bundles: Mapping[str, Replicas],
-        replicas: int,
+        directory: Directory,
+        credentials: grpc.ChannelCredentials,
         on_close: Callable[[], Awaitable[None]],
-        retry_s: float = _RETRY_S,
+        *,
+        only: Collection[str] = (),
+        look_s: float = _LOOK_S,
     ) -> None:
-        self._bundles, self.replicas = bundles, replicas
-        self._on_close, self._retry_s = on_close, retry_s
+        """`only`: bundles or applications to serve, by name; empty for all there are."""
+        self._directory, self._credentials, self._on_close = directory, credentials, on_close
+        self._only, self._look_s = frozenset(only), look_s
+        self._routes = Routes()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def bundles(self) -> tuple[str, ...]:
-        return tuple(self._bundles)
+        return self._routes.bundles
 
-    async def complete(self, bundle: str, request: bytes, budget_ms: float) -> Outcome:
-        """A request whose replica dies is repeated once on another: it changes nothing there."""
-        replicas, started_s = self._bundles[bundle], time.monotonic()
-        outcome: Outcome
-        try:
-            outcome = await replicas.call("complete", request, budget_ms)
-            return outcome
-        except CloudBusy:
-            raise
-        except CloudUnavailable as error:
-            log.warning("a replica of %s died under a request: %s", bundle, error)
-        left_ms = budget_ms - (time.monotonic() - started_s) * 1e3
-        try:
-            async with asyncio.timeout(self._retry_s):
-                outcome = await replicas.call("complete", request, left_ms)
-                return outcome
-        except TimeoutError:
-            raise CloudUnavailable(
-                f"a replica of {bundle!r} died, and no other answered within {self._retry_s:g} s; "
-                "retry later"
-            ) from None
+    @property
+    def links(self) -> Mapping[str, ReplicaLink]:
+        """The connections to replicas, by the replicas' names."""
+        return self._routes.links
 
-    async def hello(self, bundle: str, request: bytes) -> Outcome:
-        outcome: Outcome = await self._bundles[bundle].call("hello", request)
-        return outcome
+    def depth_of(self, bundle: str, digest: bytes) -> int | None:
+        return self._routes.depth_of(bundle, digest)
 
-    async def probe(self, bundle: str) -> Replica:
-        pid, counters = await self._bundles[bundle].call("probe")
-        return Replica(pid, counters[bundle])
+    async def start(self, timeout_s: float) -> None:
+        """Find the replicas and connect to all of them. Raises CloudUnavailable where none answers."""
+        await self.look()
+        links = self.links.values()
+        if links:
+            waiting = [asyncio.create_task(link.up.wait()) for link in links]
+            _, late = await asyncio.wait(waiting, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+        if not any(link.usable for link in links):
+            await self.close()
+            raise CloudUnavailable(f"none of {len(links)} replicas answers after {timeout_s:g} s")
+        self._looking = asyncio.create_task(self._keep_looking())
+
+    async def look(self) -> None:
+        """Follow the directory once: connect to who is new, let go of who is gone."""
+        found = {
+            name: endpoint
+            for name, endpoint in (await self._directory.endpoints()).items()
+            if self._wanted(endpoint)
+        }
+        for name in self.links.keys() - found.keys():
+            if (link := self._routes.drop(name)) is not None:
+                task = asyncio.create_task(link.close(_LEAVES_S))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        for name in found.keys() - self.links.keys():
+            pool = self._routes.pool_for(found[name])
+            pool.links[name] = ReplicaLink(found[name], self._credentials, pool.changed)
+        self._routes.forget_empty()
+
+    async def complete(
+        self, bundle: str, digest: bytes, request: bytes, budget_ms: float
+    ) -> Outcome:
+        pool = self._routes.find(bundle, (digest,))
+        return await pool.ask(pb.METHOD_COMPLETE, request, budget_ms)
+
+    async def hello(
+        self, bundle: str, digests: Collection[bytes], request: bytes, budget_ms: float
+    ) -> Outcome:
+        pool = self._routes.find(bundle, digests)
+        return await pool.ask(pb.METHOD_HELLO, request, budget_ms)
+
+    async def probe(self, bundle: str, timeout_s: float) -> list[Replica]:
+        links = [link for pool in self._routes.pools(bundle) for link in pool.links.values()]
+        answers = await asyncio.gather(*(_probe(link, timeout_s) for link in links))
+        return [answer for answer in answers if answer is not None]
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+        links = self.links.values()
+        await asyncio.gather(*(link.close() for link in links), return_exceptions=True)
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         await self._on_close()
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(self._look_s)
+            try:
+                await self.look()
+            except CloudUnavailable as error:
+                log.warning("no news of replicas: %s", error)  # those we know may live on
+
+    def _wanted(self, endpoint: Endpoint) -> bool:
+        names = {endpoint.bundle, endpoint.app, f"offramp-{endpoint.bundle}"}
+        return not self._only or bool(names & self._only)
+
+
+def depths_of(bundle: Bundle) -> dict[bytes, int]:
+    """Digest -> depth, of each part of the model that can be asked for."""
+    return {bundle.digest(depth): depth for depth in bundle.cuts}
+
+
+async def _probe(link: ReplicaLink, timeout_s: float) -> Replica | None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            outcome = await link.call(pb.METHOD_PROBE, b"", timeout_s * 1e3)
+    except (CloudUnavailable, TimeoutError):
+        return None
+    answer = msgpack.unpackb(outcome.payload, strict_map_key=False)
+    return Replica(answer["pid"], answer["counters"][link.endpoint.bundle])

@@ -15,18 +15,19 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from offramp_cloud.admission import Admission
 from offramp_cloud.backends import Backend, Replica
 from offramp_cloud.served import Observer, Served, log_served
-from offramp_cloud.servicer import SERVICE, Admission, Servicer
+from offramp_cloud.servicer import SERVICE, Servicer
 from offramp_common.errors import CloudUnavailable, ConfigError
 from offramp_common.frames import Limits
+from offramp_common.revocation import Revocations
 
 log = logging.getLogger(__name__)
 
 _HEADER_BYTES = 64 * 2**10  # of a request, beside its frame
 _LAST_WRITES_S = 1.0
-_FIRST_PROBES = 8  # rounds, in which all replicas should be met
-_FIRST_PROBE_S = 10.0  # the first call to a replica sets up its connection
+_FIRST_PROBE_S = 10.0
 _FORGET_S = 30.0  # a replica that has not answered for so long is gone
 
 
@@ -37,6 +38,8 @@ class GatewaySettings:
     listen            HOST:PORT; port 0 takes a free one
     limits            bound the size of a message
     max_rpcs          calls at once, open streams and health watches included
+    max_connections   at once, to each of the addresses that the host's name has
+    max_calls_per_connection   calls and streams on one of them
     drain_s           how long a stopping gateway waits for requests at work
     probe_every_s     how often each bundle's replicas are asked whether they live
     probe_timeout_s   how long such a question may take
@@ -46,6 +49,8 @@ class GatewaySettings:
     limits: Limits = field(default_factory=Limits)
     admission: Admission = field(default_factory=Admission)
     max_rpcs: int = 1000
+    max_connections: int = 1000
+    max_calls_per_connection: int = 100
     drain_s: float = 20.0
     probe_every_s: float = 1.0
     probe_timeout_s: float = 1.5
@@ -59,8 +64,10 @@ class Gateway:
         settings: GatewaySettings,
         credentials: grpc.ServerCredentials | None = None,
         observers: Sequence[Observer] = (),
+        revocations: Revocations | None = None,
     ) -> None:
         self.settings = settings
+        self._revocations = revocations
         self.replicas: dict[tuple[str, int], Replica] = {}  # by bundle and process id
         self._heard_s: dict[tuple[str, int], float] = {}
         self._answered_s: dict[str, float] = {}
@@ -68,7 +75,7 @@ class Gateway:
         self._doubt = asyncio.Event()
         self.observers: list[Observer] = [log_served, self._note, *observers]
         self._credentials = credentials
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
+        self.health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._server = grpc.aio.server(
             options=_options(settings), maximum_concurrent_rpcs=settings.max_rpcs
         )
@@ -95,16 +102,17 @@ class Gateway:
         """Serve. Raises CloudUnavailable when a bundle has no replica that answers."""
         self._backend = backend
         self._servicer = Servicer(
-            backend, self.settings.admission, self.observers, lambda: self._unserved
+            backend,
+            self.settings.admission,
+            self.observers,
+            lambda: self._unserved,
+            self._revocations,
         )
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        for _ in range(_FIRST_PROBES):
-            await self.probe(_FIRST_PROBE_S)
-            if len(self.replicas) >= len(backend.bundles) * backend.replicas:
-                break
+        await self.probe(_FIRST_PROBE_S)
         if self._unserved:
             raise CloudUnavailable(f"no replica of {', '.join(self._unserved)} answers")
         await self._server.start()
@@ -118,7 +126,7 @@ class Gateway:
             self._probing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._probing
-        await self._health.enter_graceful_shutdown()
+        await self.health.enter_graceful_shutdown()
         in_time = True
         if self._servicer is not None:
             draining = asyncio.create_task(self._servicer.drain(self.settings.drain_s))
@@ -144,6 +152,11 @@ class Gateway:
                 log.info("%s is answered again", bundle)
 
     @property
+    def bundles(self) -> tuple[str, ...]:
+        """Those that are served, whether or not a replica answers at the moment."""
+        return self._backend.bundles if self._backend else ()
+
+    @property
     def at_work(self) -> int:
         """Requests that are being served."""
         return self._servicer.at_work if self._servicer else 0
@@ -156,9 +169,7 @@ class Gateway:
         timeout_s = self.settings.probe_timeout_s if timeout_s is None else timeout_s
         assert backend is not None, "a gateway probes once it has been started"
         for bundle in backend.bundles:
-            # Who answers is up to the backend; twice as many questions as replicas reach most.
-            asked = [self._ask(backend, bundle, timeout_s) for _ in range(2 * backend.replicas)]
-            for replica in filter(None, await asyncio.gather(*asked)):
+            for replica in await backend.probe(bundle, timeout_s):
                 self.replicas[bundle, replica.pid] = replica
                 self._heard_s[bundle, replica.pid] = time.monotonic()
         heard = {bundle for (bundle, _), at_s in self._heard_s.items() if at_s >= now_s}
@@ -168,16 +179,9 @@ class Gateway:
         for key in [key for key, at_s in self._heard_s.items() if now_s - at_s > _FORGET_S]:
             del self._heard_s[key], self.replicas[key]
         for bundle in backend.bundles:
-            await self._health.set(bundle, _serving(bundle in heard))
+            await self.health.set(bundle, _serving(bundle in heard))
         for name in ("", SERVICE):
-            await self._health.set(name, _serving(not self._unserved))
-
-    async def _ask(self, backend: Backend, bundle: str, timeout_s: float) -> Replica | None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await backend.probe(bundle)
-        except (CloudUnavailable, TimeoutError):
-            return None
+            await self.health.set(name, _serving(not self._unserved))
 
     def _note(self, served: Served) -> None:
         if served.status == grpc.StatusCode.OK.name:
@@ -215,6 +219,10 @@ def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", largest),
         # Without this a second server on the same port starts happily and takes half the calls.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+        # Who connects and then says nothing, or too slowly, is not waited for.
+        ("grpc.server_handshake_timeout_ms", 10_000),
         # Devices may ping every 5 s, with no call open: on mobile links that keeps paths open.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),

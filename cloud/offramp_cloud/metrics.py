@@ -9,6 +9,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import (
     CounterMetricFamily,
+    GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
@@ -35,7 +36,8 @@ class Metrics:
             ["bundle", "status"],
             registry=self.registry,
         )
-        self._bytes = self._counter("request_bytes", "Bytes of requests.")
+        self._bytes = self._counter("request_bytes", "Bytes of requests, as serialized.")
+        self._reply_bytes = self._counter("reply_bytes", "Bytes of answers, as serialized.")
         self._rows = self._counter("rows", "Samples answered.")
         self._exits = Counter(
             "offramp_cloud_exits",
@@ -54,6 +56,7 @@ class Metrics:
         bundle = served.bundle
         self._requests.labels(bundle, served.status).inc()
         self._bytes.labels(bundle).inc(served.nbytes)
+        self._reply_bytes.labels(bundle).inc(served.reply_nbytes)
         self._seconds.labels(bundle).observe(served.ms / 1e3)
         if not served.rows:
             return
@@ -106,24 +109,32 @@ class _Engines:
         plain = {
             name: CounterMetricFamily(f"offramp_engine_{name}", help_text, labels=labels)
             for name, help_text in (
-                ("requests", "Requests run."),
-                ("failed", "Requests whose run raised."),
-                ("tokens", "Tokens run."),
-                ("layer_rows", "Layers run, summed over samples."),
+                ("requests", "Requests answered."),
+                ("failed", "Requests whose layers raised."),
+                ("dropped", "Samples left out on the way: nobody waited for them any more."),
+                ("tokens", "Tokens of requests answered."),
+                ("layer_rows", "Layers run, times the samples in them."),
+                ("layer_tokens", "Layers run, times the tokens in them."),
+                ("compute_seconds", "Time in layers and exit heads."),
+                ("overhead_seconds", "Time in choosing, joining and letting out."),
             )
         }
+        left = GaugeMetricFamily(
+            "offramp_engine_work_left", "Layers x tokens that wait or run.", labels=labels
+        )
         batches = HistogramMetricFamily(
-            "offramp_engine_batch_rows", "Samples run together.", labels=labels
+            "offramp_engine_batch_rows", "Samples that shared a layer.", labels=labels
         )
         for (bundle, pid), replica in dict(self._replicas()).items():
             where, counters = [bundle, str(pid)], replica.counters
             for name, family in plain.items():
-                family.add_metric(where, counters[name])
+                family.add_metric(where, counters[name.replace("_seconds", "_s")])
+            left.add_metric(where, counters["work_left"])
             sizes: Mapping[int, int] = counters["batches"]
             below = [(str(most), _at_most(sizes, most)) for most in (*_BATCH_ROWS, float("inf"))]
             buckets = [(label.replace("inf", "+Inf"), count) for label, count in below]
             batches.add_metric(where, buckets, sum(n * count for n, count in sizes.items()))
-        return [*plain.values(), batches]
+        return [*plain.values(), left, batches]
 
 
 def _at_most(sizes: Mapping[int, int], most: float) -> float:

@@ -19,15 +19,30 @@ _CONNECT_S = 5.0
 class Placement:
     """What Serve is asked for, for each bundle.
 
-    replicas   engines;  threads   torch's, per replica, which asks Ray for as many CPUs
-    drain_s    how long a replica that is to go finishes what it has
+    replicas       engines; with max_replicas above it, the fewest of as many as the work needs
+    threads        torch's, per replica;  cpus   that it asks Ray for, 0 for as many
+    drain_s        how long a replica that is to go finishes what it has
+    scale_down_s   how long fewer would have been enough before one is taken away
+    trace          where replicas' spans go, as for tracing.tracer_to
+    device         torch's name of where layers run, such as "cuda";  precision  "fp32" or "bf16"
     """
 
     replicas: int = 1
     threads: int = 1
     drain_s: float = 20.0
+    max_replicas: int = 0
+    cpus: float = 0.0
+    scale_down_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
     load: Load = field(default_factory=Load)
+    trace: str = ""
+    device: str = "cpu"
+    precision: str = "fp32"
+
+    @property
+    def num_cpus(self) -> float:
+        """Of one replica."""
+        return self.cpus or float(self.threads)
 
 
 def secure_own_ray() -> None:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from offramp_cloud.admission import Admission
 from offramp_cloud.backends import Backend, LocalBackend
 from offramp_cloud.gateway import Gateway, GatewaySettings
-from offramp_cloud.host import Host
-from offramp_cloud.metrics import Metrics
+from offramp_cloud.outside import Outside, seen
 from offramp_cloud.placement import Placement, check_address, secure_own_ray
+from offramp_cloud.quotas import Quota
 from offramp_cloud.served import JsonFormatter, LineFormatter
+from offramp_cloud.stdout import stdout_alone
 from offramp_cloud.waiting import Load
 from offramp_common.bundle import Bundle
+from offramp_common.certs import pair_of
 from offramp_common.cli import INTERRUPTED, OK
 from offramp_common.errors import ConfigError
 from offramp_common.frames import Limits
+from offramp_common.revocation import FILE_NAME, Revocations
+from offramp_common.tracing import Tracer
 
 if TYPE_CHECKING:
     import grpc
@@ -41,40 +44,24 @@ def serve(args: argparse.Namespace) -> int:
         raise ConfigError(f"bundles {names}: two share a name; devices ask for bundles by name")
     for bundle in bundles:
         bundle.verify()  # a replica that finds the damage tells it late and at length
-    with _stdout_alone() as ready_line:
+    with stdout_alone() as ready_line:
         return asyncio.run(_serve(args, ready_line))
-
-
-@contextlib.contextmanager
-def _stdout_alone() -> Iterator[TextIO]:
-    """Standard output for our one line; what else writes there, Ray's processes too, goes to
-    standard error meanwhile."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        with open(kept, "w", closefd=False) as stdout:
-            yield stdout
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 async def _serve(args: argparse.Namespace, ready_line: TextIO) -> int:
     stop = _Stop()
-    gateway = Gateway(_settings(args), _credentials(args))
-    metrics = Metrics(lambda: gateway.replicas)
-    gateway.observers.append(metrics.observe)
+    gateway = Gateway(_settings(args), _credentials(args), revocations=_revocations(args))
     backend: Backend | None = None
     stop.listen()
-    with contextlib.closing(metrics):
+    async with seen(args, gateway) as outside:
         try:
             listening = gateway.bind()  # before anything slow
-            metrics_at = metrics.listen(args.metrics) if args.metrics else None
-            backend = await _backend(args, stop)
+            outside.listen()
+            backend = await _backend(args, stop, outside.tracer)
             if not stop.told_while_starting():
                 await gateway.start(backend)
-                _announce(gateway, listening, metrics_at, ready_line)
+                await outside.ready()
+                _announce(gateway, listening, outside, ready_line)
                 await stop.told.wait()
                 log.info("stopping: no new requests, up to %g s for those at work", args.drain_s)
         except Exception:
@@ -88,50 +75,84 @@ async def _serve(args: argparse.Namespace, ready_line: TextIO) -> int:
     return stop.exit_code
 
 
-async def _backend(args: argparse.Namespace, stop: _Stop) -> Backend:
+async def _backend(args: argparse.Namespace, stop: _Stop, tracer: Tracer) -> Backend:
     """In threads, so that signals are heard meanwhile."""
     limits = Limits(max_frame_bytes=args.max_frame_bytes, max_rows=args.max_rows)
     load = Load(max_batch=args.max_batch, max_waiting_rows=args.max_waiting)
     started_s = time.monotonic()
     backend: Backend
     if args.local:
-        from offramp_cloud.engine import load_engine
-
-        engines = [
-            await asyncio.to_thread(
-                load_engine, path, threads=args.threads, limits=limits, load=load
-            )
-            for path in args.bundle
-        ]
-        backend = LocalBackend(Host(engines))
+        backend = await _local_backend(args, limits, load, tracer)
     else:
         if args.address is None:
             secure_own_ray()
         else:
             await asyncio.to_thread(check_address, args.address)
-        from offramp_cloud import app
+        from offramp_cloud import app, cluster
 
+        owned = cluster.Owned()
         if args.attach:
-            backend = await app.attach(args.attach, args.address)
+            await asyncio.to_thread(cluster.join_ray, args.address)
         else:
             log.info("%s Ray (about 15 s)", "joining" if args.address else "starting")
-            placement = Placement(args.replicas, args.threads, args.drain_s, limits, load)
-            backend = await asyncio.to_thread(
+            owned = await asyncio.to_thread(
                 app.start,
                 args.bundle,
-                placement,
+                _placement(args, limits, load),
                 address=args.address,
                 stopped=stop.told_while_starting,
             )
+        backend = await app.backend(owned.close, args.attach or owned.apps)
     log.info("%s ready after %.1f s", ", ".join(backend.bundles), time.monotonic() - started_s)
     return backend
 
 
+async def _local_backend(
+    args: argparse.Namespace, limits: Limits, load: Load, tracer: Tracer
+) -> LocalBackend:
+    from offramp_cloud.engine import load_engine
+    from offramp_cloud.host import Host
+
+    engines = [
+        await asyncio.to_thread(
+            load_engine,
+            path,
+            threads=args.threads,
+            limits=limits,
+            load=load,
+            device=args.device,
+            precision=args.precision,
+        )
+        for path in args.bundle
+    ]
+    for engine in engines:
+        engine.tracer = tracer
+    return LocalBackend(Host(engines))
+
+
+def _placement(args: argparse.Namespace, limits: Limits, load: Load) -> Placement:
+    return Placement(
+        replicas=args.replicas,
+        max_replicas=args.max_replicas,
+        threads=args.threads,
+        cpus=args.cpus,
+        drain_s=args.drain_s,
+        trace=args.trace or "",
+        limits=limits,
+        load=load,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
 def _settings(args: argparse.Namespace) -> GatewaySettings:
+    quota = Quota(args.device_requests, args.device_layers)
     return GatewaySettings(
         listen=args.listen,
         limits=Limits(max_frame_bytes=args.max_frame_bytes, max_rows=args.max_rows),
+        admission=Admission(quota=quota),
         max_rpcs=args.max_rpcs,
+        max_connections=args.max_connections,
         drain_s=args.drain_s,
     )
 
@@ -141,10 +162,17 @@ def _credentials(args: argparse.Namespace) -> grpc.ServerCredentials | None:
         return None
     from offramp_common.certs import server_credentials
 
-    return server_credentials(args.tls_dir, require_client=args.require_client_cert)
+    return server_credentials(args.tls_dir, require_client=not args.anonymous)
 
 
-def _announce(gateway: Gateway, listening: str, metrics_at: str | None, ready_line: TextIO) -> None:
+def _revocations(args: argparse.Namespace) -> Revocations | None:
+    if args.tls_dir is None:
+        return None
+    listed = args.revoked or args.tls_dir / FILE_NAME
+    return Revocations(listed, pair_of(args.tls_dir, "ca").cert)
+
+
+def _announce(gateway: Gateway, listening: str, outside: Outside, ready_line: TextIO) -> None:
     """The one line on standard output, and the same for people."""
     bundles = sorted({bundle for bundle, _ in gateway.replicas})
     ready = {
@@ -152,7 +180,8 @@ def _announce(gateway: Gateway, listening: str, metrics_at: str | None, ready_li
         "bundles": bundles,
         "pid": os.getpid(),
         "replica_pids": sorted({pid for _, pid in gateway.replicas}),
-        "metrics": metrics_at,
+        "metrics": outside.metrics_at,
+        "health": outside.health_at,
     }
     print(json.dumps(ready), file=ready_line, flush=True)
     log.info("listening on %s for %s", listening, ", ".join(bundles))

@@ -17,6 +17,8 @@ class Served:
 
     device    common name in the client's certificate, "" without one;  peer  its address
     status    name of the gRPC status
+    began_s   on time.monotonic();  ms  from then until its reply was ready
+    nbytes, reply_nbytes   of the two messages
     rows, exit_depths, queue_ms, compute_ms   from the reply; zero and empty without one
     """
 
@@ -25,6 +27,8 @@ class Served:
     peer: str = ""
     bundle: str = ""
     nbytes: int = 0
+    reply_nbytes: int = 0
+    began_s: float = 0.0
     ms: float = 0.0
     status: str = "CANCELLED"
     message: str = ""

@@ -30,11 +30,16 @@ class UnknownBundle(RequestError):
     """No bundle of that name is served here."""
 
 
+class Revoked(RequestError):
+    """The device's certificate is on the revocation list."""
+
+
 # The first entry that fits counts; proto/offload.proto says what each status means to a device.
 _TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (BundleMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (ProtocolMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (UnknownBundle, grpc.StatusCode.NOT_FOUND),
+    (Revoked, grpc.StatusCode.PERMISSION_DENIED),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (CloudBusy, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (CloudUnavailable, grpc.StatusCode.UNAVAILABLE),
@@ -47,11 +52,13 @@ class Outcome(NamedTuple):
     """What became of a call: a reply's bytes, or a status and its message. Crosses processes.
 
     Errors cross as values, so that an exception on the way can only mean that a replica is gone.
+    `retry_after_ms`: when one that was refused for load may come again, 0 where nothing is known.
     """
 
     payload: bytes = b""
     code: int = 0
     message: str = ""
+    retry_after_ms: float = 0.0
 
     @property
     def status(self) -> grpc.StatusCode:
@@ -62,7 +69,8 @@ def failure(error: Exception) -> Outcome:
     """The outcome of a call that raised; what is not one of ours is a bug and becomes INTERNAL."""
     for kind, status in _TABLE:
         if isinstance(error, kind):
-            return Outcome(b"", status.value[0], str(error))
+            retry_after_ms = error.retry_after_ms if isinstance(error, CloudBusy) else 0.0
+            return Outcome(b"", status.value[0], str(error), retry_after_ms)
     log.error("a request failed", exc_info=error)
     # The text of a stranger's exception may tell more than a device should know.
     message = f"a fault in the cloud ({type(error).__name__}); its log has the traceback"

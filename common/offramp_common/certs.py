@@ -10,7 +10,8 @@
 the files out in a TLS handshake in memory: what gRPC would only show as a connection that fails is
 reported as a file, a fault and a remedy.
 
-For development and closed test beds: nothing is revoked, and keys are not encrypted.
+revocation.py keeps the list of those that are no longer good. For development and closed test beds:
+keys are not encrypted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`offramp certs init|issue DIR`: a development CA and device certificates."""
+"""`offramp certs init|issue|revoke DIR`: a development CA and device certificates."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def add_certs_command(subparsers: Any) -> None:
     )
     issue = actions.add_parser("issue", help="a certificate for a device")
     issue.add_argument("--name", required=True, help="what the cloud will know the device by")
+    revoke = actions.add_parser("revoke", help="refuse a device's certificate from now on")
+    revoke.add_argument("directory", type=Path, metavar="DIR")
+    revoke.add_argument("--name", required=True, help="the device")
+    revoke.set_defaults(run=run_revoke)
     for action in (init, issue):
         action.add_argument("directory", type=Path, metavar="DIR")
         action.add_argument(
@@ -51,6 +55,14 @@ def run_certs(args: argparse.Namespace) -> int:
     if args.json:
         pairs = {who: {"cert": str(p.cert), "key": str(p.key)} for who, p in made.items()}
         write_json(pairs, args.json)
+    return OK
+
+
+def run_revoke(args: argparse.Namespace) -> int:
+    from offramp_common.revocation import revoke
+
+    path = revoke(args.directory, args.name)
+    print(f"{args.name} is on {path}; gateways that use it refuse it now", file=sys.stderr)
     return OK
 
 

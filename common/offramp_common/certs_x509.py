@@ -7,6 +7,7 @@ certificate is good for serving, a device's for calling, and neither for the oth
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 # The clock of a device may be a little behind that of the machine that issues.
 _CLOCK_SKEW = datetime.timedelta(minutes=5)
+_P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # FIPS 186-5
 
 Now = datetime.datetime | None  # from when on a certificate is valid; None: the machine's clock
 
@@ -80,6 +82,51 @@ def new_device(authority: Issued, name: str, days: int, now: Now = None) -> Issu
     )
 
 
+def shared_authority(secret: bytes, days: int, now: Now = None) -> Issued:
+    """The authority that everybody makes who holds the secret (32 random bytes): its key follows from
+    it, so that its certificates, made anywhere, vouch for each other's leaves."""
+    number = int.from_bytes(hashlib.sha512(b"offramp shared authority" + secret).digest())
+    key = ec.derive_private_key(number % (_P256_ORDER - 1) + 1, ec.SECP256R1())
+    return _issue(
+        now,
+        None,
+        "offramp cluster",
+        days,
+        x509.BasicConstraints(ca=True, path_length=0),
+        _key_usage(key_cert_sign=True, crl_sign=True),
+        key=key,
+    )
+
+
+def new_peer(authority: Issued, name: str, days: int, now: Now = None) -> Issued:
+    """A certificate that is good for both parts; its common and its alternative name are `name`."""
+    return _issue(
+        now,
+        authority,
+        name,
+        days,
+        x509.BasicConstraints(ca=False, path_length=None),
+        _key_usage(digital_signature=True),
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+        x509.SubjectAlternativeName([x509.DNSName(name)]),
+    )
+
+
+def serial_of(cert_pem: bytes) -> int:
+    """The certificate's serial number. ValueError when it is none."""
+    return x509.load_pem_x509_certificate(cert_pem).serial_number
+
+
+def revoked_in(crl_pem: bytes, ca_pem: bytes | None = None) -> frozenset[int]:
+    """The serial numbers in a revocation list. ValueError when it is none, or not of this authority."""
+    crl = x509.load_pem_x509_crl(crl_pem)
+    if ca_pem is not None:
+        key = x509.load_pem_x509_certificate(ca_pem).public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not crl.is_signature_valid(key):
+            raise ValueError("it is not signed by this authority")
+    return frozenset(entry.serial_number for entry in crl)
+
+
 def load(cert_pem: bytes, key_pem: bytes) -> Issued:
     """An authority read back. ValueError when it is not one that `new_authority` has made."""
     cert = x509.load_pem_x509_certificate(cert_pem)
@@ -97,9 +144,10 @@ def _issue(
     common_name: str,
     days: int,
     *extensions: x509.ExtensionType,
+    key: ec.EllipticCurvePrivateKey | None = None,
 ) -> Issued:
-    """A certificate for a new key, signed by `authority`, or by itself when there is none."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    """A certificate for `key` (None: a new one), signed by `authority`, or by itself without one."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     signer = key if authority is None else authority.key
     now = now or datetime.datetime.now(datetime.UTC)

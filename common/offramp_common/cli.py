@@ -33,6 +33,7 @@ _EXTRAS = {  # a package that the base install lacks -> the extra that brings it
     "matplotlib": "train",
     "onnx": "torch",
     "onnxscript": "torch",
+    "opentelemetry": "trace",
     "ray": "cloud",
     "torch": "torch",
     "transformers": "torch",

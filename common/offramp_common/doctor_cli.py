@@ -48,6 +48,7 @@ _OPTIONAL = (
     ("cryptography", "cryptography", "cloud", "certs, demo", "makes development certificates"),
     ("grpcio-health-checking", "grpc_health", "cloud", "cloud serve", "the standard health service"),
     ("grpcio-reflection", "grpc_reflection", "cloud", "cloud serve", "lets tools list the service"),
+    ("opentelemetry-sdk", "opentelemetry.sdk", "trace", "--trace", "notes where a request's time goes"),
 )  # fmt: skip
 
 

@@ -53,7 +53,14 @@ class CloudUnavailable(OfframpError):
 
 
 class CloudBusy(CloudUnavailable):
-    """The cloud is up and refused the request for load."""
+    """The cloud is up and refused the request for load.
+
+    retry_after_ms   when it asks to be tried again; 0 where it does not say
+    """
+
+    def __init__(self, message: str = "", retry_after_ms: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
 
 
 class DeadlineExceeded(OfframpError):

@@ -16,7 +16,14 @@ from offramp_common.exit_classes import NO_CLASS
 from offramp_common.frames import Limits
 from offramp_common.runner import Knobs
 from offramp_common.spec import MAX_NAME_BYTES
-from offramp_common.transport import MAX_REQUEST_ID, Completion, Hello, Offload, Welcome
+from offramp_common.transport import (
+    MAX_PRIORITY,
+    MAX_REQUEST_ID,
+    Completion,
+    Hello,
+    Offload,
+    Welcome,
+)
 from offramp_common.wire import offload_pb2 as pb
 
 _MAX_KNOBS = 16
@@ -91,6 +98,7 @@ def offload_to_pb(work: Offload) -> pb.OffloadRequest:
         knobs=knobs_to_pb(work.knobs),
         deadline_ms=deadline_ms,
         traceparent=work.traceparent,
+        priority=work.priority,
     )
 
 
@@ -101,6 +109,10 @@ def offload_from_pb(message: pb.OffloadRequest) -> Offload:
     _check_size("digest", message.digest, _MAX_DIGEST)
     _check_size("traceparent", message.traceparent, MAX_REQUEST_ID)
     _check_ms("deadline_ms", message.deadline_ms)
+    if abs(message.priority) > MAX_PRIORITY:
+        raise WireError(
+            f"priority {message.priority}: must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+        )
     return Offload(
         message.request_id,
         message.bundle,
@@ -109,6 +121,7 @@ def offload_from_pb(message: pb.OffloadRequest) -> Offload:
         knobs_from_pb(message.knobs),
         message.deadline_ms or None,
         message.traceparent,
+        message.priority,
     )
 
 

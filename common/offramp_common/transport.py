@@ -18,6 +18,7 @@ from offramp_common.runner import Knobs
 
 PROTOCOL_VERSION = 1
 MAX_REQUEST_ID = 64
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Offload:
     digest       of the layers that the cloud is to run (as in Hello)
     knobs        the operating point; empty means the cloud's own
     deadline_ms  milliseconds left when it is sent; None means no deadline
+    priority     higher goes first where not all can; from -MAX_PRIORITY to MAX_PRIORITY
     """
 
     request_id: str
@@ -58,14 +60,17 @@ class Offload:
     knobs: Knobs = field(default_factory=dict)
     deadline_ms: float | None = None
     traceparent: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
     """The answers of an Offload's rows, in their order: answers (B, ...) float32, exit_depth_B int64.
 
+    queue_ms          in the cloud while none of its rows was run;  compute_ms  while layers ran for it
     exit_classes_BE   int32, what each exit deeper than the cut predicted, NO_CLASS (exit_classes.py) where a
                       row did not pass it; None but for methods that choose exits beforehand
+    bytes_up, bytes_down   of the two messages as serialized, told by a transport that counts them
     """
 
     request_id: str
@@ -75,6 +80,8 @@ class Completion:
     queue_ms: float = 0.0
     compute_ms: float = 0.0
     exit_classes_BE: NDArray[np.int32] | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class Transport(Protocol):

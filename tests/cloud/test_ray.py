@@ -29,7 +29,8 @@ _STUCK_S = 3.0  # six of these requests together take a tenth of a second
 
 @pytest.fixture
 async def stub(ray_cloud: Served, tls_dir: Path) -> AsyncIterator[Any]:
-    credentials = channel_credentials(tls_dir / "ca.pem")
+    pair = (tls_dir / "kiosk-7.pem", tls_dir / "kiosk-7.key")
+    credentials = channel_credentials(tls_dir / "ca.pem", *pair)
     async with grpc.aio.secure_channel(ray_cloud.address, credentials) as channel:
         yield pb_grpc.OffloadServiceStub(channel)
 

@@ -7,14 +7,17 @@ import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 from cloud_world import World, alive, assert_same, serving
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from offramp_cloud.cli import add_command
 from offramp_common.bundle import Bundle
@@ -31,7 +34,8 @@ def test_a_local_cloud_answers_and_ends_on_a_signal(
     acts = world.rows((5, 8), 2)
     arguments = ["--local", "--bundle", str(world.bundle.path), "--tls-dir", str(tls_dir)]
     with serving([*arguments, "--metrics", "127.0.0.1:0", "--json-log"]) as served:
-        credentials = channel_credentials(tls_dir / "ca.pem")
+        pair = (tls_dir / "kiosk-7.pem", tls_dir / "kiosk-7.key")
+        credentials = channel_credentials(tls_dir / "ca.pem", *pair)
         with grpc.secure_channel(served.address, credentials) as channel:
             stub = pb_grpc.OffloadServiceStub(channel)
             reply = stub.Complete(offload_to_pb(world.offload_of(acts)), timeout=20)
@@ -53,7 +57,7 @@ def test_a_local_cloud_answers_and_ends_on_a_signal(
 def test_requests_at_work_are_answered_before_a_cloud_ends(world: World) -> None:
     acts = world.rows([60] * 100, 0)
     work = offload_to_pb(world.offload_of(acts))
-    with serving(["--local", "--bundle", str(world.bundle.path)]) as served:
+    with serving(["--local", "--insecure", "--bundle", str(world.bundle.path)]) as served:
         with grpc.insecure_channel(served.address) as channel:
             stub = pb_grpc.OffloadServiceStub(channel)
             calls = [stub.Complete.future(work, timeout=30) for _ in range(3)]
@@ -65,6 +69,42 @@ def test_requests_at_work_are_answered_before_a_cloud_ends(world: World) -> None
         assert served.process.wait(20) == 0
 
 
+@pytest.mark.parametrize(("version", "served"), [("TLSv1_2", False), ("TLSv1_3", True)])
+def test_devices_speak_tls_1_3_or_are_not_heard(
+    version: str, served: bool, world: World, tls_dir: Path, tls_cloud: str
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(tls_dir / "ca.pem")
+    context.load_cert_chain(tls_dir / "kiosk-7.pem", tls_dir / "kiosk-7.key")
+    context.set_alpn_protocols(["h2"])
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    host, _, port = tls_cloud.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as plain:
+        try:
+            with context.wrap_socket(plain, server_hostname="localhost") as there:
+                assert served
+                assert there.version() == "TLSv1.3"
+        except ssl.SSLError:
+            assert not served
+
+
+def test_a_device_without_a_certificate_is_not_let_in(tls_dir: Path, tls_cloud: str) -> None:
+    credentials = channel_credentials(tls_dir / "ca.pem")
+    with grpc.secure_channel(tls_cloud, credentials) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.fixture(scope="module")
+def tls_cloud(bundle: Bundle, tls_dir: Path) -> Iterator[str]:
+    """The address of `offramp cloud serve --local` as most start it: with a folder of certificates."""
+    arguments = ["--local", "--bundle", str(bundle.path), "--tls-dir", str(tls_dir)]
+    with serving(arguments) as served:
+        yield served.address
+
+
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_command(parser.add_subparsers())
@@ -74,16 +114,17 @@ def parsed(*arguments: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--listen", "0.0.0.0:7443"], "give --tls-dir DIR .*or --insecure"),
-        (["--listen", "cloud.example:7443"], "can be reached from other machines"),
-        (["--require-client-cert"], "--require-client-cert needs --tls-dir"),
+        ([], "give --tls-dir DIR .*or --insecure"),
+        (["--insecure", "--listen", "0.0.0.0:7443"], "can be reached .*--force-insecure"),
+        (["--insecure", "--listen", "cloud.example:7443"], "can be reached from other machines"),
+        (["--insecure", "--anonymous"], "--anonymous and --revoked need --tls-dir"),
         (["--insecure", "--tls-dir", "certs"], "exclude each other"),
-        (["--replicas", "2"], "--local runs in this process"),
+        (["--insecure", "--replicas", "2"], "--local runs in this process"),
         (["--tls-dir", "/nonexistent"], "/nonexistent/ca.pem"),
-        (["--listen", "127.0.0.1"], "must be HOST:PORT"),
-        (["--listen", "127.0.0.1:99999"], "must be HOST:PORT"),
-        (["--metrics", "127.0.0.1:x"], "--metrics '127.0.0.1:x'"),
-        (["--attach", "app"], "give --bundle DIR, or --attach APP"),
+        (["--insecure", "--listen", "127.0.0.1"], "must be HOST:PORT"),
+        (["--insecure", "--listen", "127.0.0.1:99999"], "must be HOST:PORT"),
+        (["--insecure", "--metrics", "127.0.0.1:x"], "--metrics '127.0.0.1:x'"),
+        (["--insecure", "--attach", "app"], "give --bundle DIR, or --attach NAME"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(
@@ -95,13 +136,13 @@ def test_what_cannot_work_is_refused_at_once(
 
 
 def test_two_bundles_of_one_name_are_refused(bundle: Bundle) -> None:
-    args = parsed("--local", "--bundle", str(bundle.path), "--bundle", str(bundle.path))
+    args = parsed("--local", "--insecure", *(2 * ("--bundle", str(bundle.path))))
     with pytest.raises(ConfigError, match="two share a name"):
         args.run(args)
 
 
 def test_a_missing_bundle_is_refused(tmp_path: Path) -> None:
-    args = parsed("--local", "--bundle", str(tmp_path / "none"))
+    args = parsed("--local", "--insecure", "--bundle", str(tmp_path / "none"))
     with pytest.raises(BundleError, match="no bundle there"):
         args.run(args)
 
@@ -115,7 +156,8 @@ def test_a_missing_bundle_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_ray_is_refused(address: str, message: str, bundle: Bundle) -> None:
-    args = parsed("--bundle", str(bundle.path), "--listen", "127.0.0.1:0", "--address", address)
+    listen = ["--insecure", "--listen", "127.0.0.1:0", "--address", address]
+    args = parsed("--bundle", str(bundle.path), *listen)
     with pytest.raises(ConfigError, match=message):
         args.run(args)
 
@@ -125,7 +167,10 @@ def test_a_port_in_use_ends_the_command_with_2_and_one_line(bundle: Bundle) -> N
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         command = [sys.executable, "-m", "offramp_common", "cloud", "serve", "--listen", listen]
         ended = subprocess.run(
-            [*command, "--bundle", str(bundle.path)], capture_output=True, text=True, timeout=60
+            [*command, "--insecure", "--bundle", str(bundle.path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.fullmatch(rf"offramp cloud: cannot listen on {listen}: .*in use.*\n", ended.stderr)

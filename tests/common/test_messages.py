@@ -69,6 +69,7 @@ def test_welcome_comes_back_as_it_was(welcome: Welcome) -> None:
         KNOBS,
         st.one_of(st.none(), st.floats(0.001953125, 1e6, width=32)),
         IDS,
+        st.integers(-100, 100),
     )
 )
 def test_offload_comes_back_as_it_was(work: Offload) -> None:
@@ -178,6 +179,8 @@ def refused(read: Any, message: Any, match: str) -> None:
         ({"deadline_ms": -1.0}, "deadline_ms -1.0: must be finite and not negative"),
         ({"deadline_ms": math.nan}, "deadline_ms nan"),
         ({"deadline_ms": math.inf}, "deadline_ms inf"),
+        ({"priority": 101}, "priority 101: must be from -100 to 100"),
+        ({"priority": -101}, "priority -101"),
         ({"knobs": [pb.Knob(name=str(i)) for i in range(17)]}, "17 knobs: at most 16"),
         ({"knobs": [pb.Knob(name="a"), pb.Knob(name="a")]}, "2 knobs: .* each once"),
         ({"knobs": [pb.Knob(name="")]}, "knob of 0 bytes"),

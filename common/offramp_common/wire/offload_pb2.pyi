@@ -55,7 +55,7 @@ class Knob(_message.Message):
     def __init__(self, name: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class OffloadRequest(_message.Message):
-    __slots__ = ("request_id", "bundle", "digest", "frame", "knobs", "deadline_ms", "traceparent")
+    __slots__ = ("request_id", "bundle", "digest", "frame", "knobs", "deadline_ms", "traceparent", "priority", "cancel")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,8 @@ class OffloadRequest(_message.Message):
     KNOBS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     bundle: str
     digest: bytes
@@ -70,7 +72,9 @@ class OffloadRequest(_message.Message):
     knobs: _containers.RepeatedCompositeFieldContainer[Knob]
     deadline_ms: float
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., bundle: _Optional[str] = ..., digest: _Optional[bytes] = ..., frame: _Optional[bytes] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., deadline_ms: _Optional[float] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    priority: int
+    cancel: bool
+    def __init__(self, request_id: _Optional[str] = ..., bundle: _Optional[str] = ..., digest: _Optional[bytes] = ..., frame: _Optional[bytes] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., deadline_ms: _Optional[float] = ..., traceparent: _Optional[str] = ..., priority: _Optional[int] = ..., cancel: _Optional[bool] = ...) -> None: ...
 
 class OffloadReply(_message.Message):
     __slots__ = ("request_id", "answers", "exit_depths", "confidences", "queue_ms", "compute_ms", "exit_classes")
@@ -99,11 +103,13 @@ class StreamReply(_message.Message):
     def __init__(self, reply: _Optional[_Union[OffloadReply, _Mapping]] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ...) -> None: ...
 
 class RequestError(_message.Message):
-    __slots__ = ("request_id", "code", "message")
+    __slots__ = ("request_id", "code", "message", "retry_after_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     code: int
     message: str
-    def __init__(self, request_id: _Optional[str] = ..., code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_ms: float
+    def __init__(self, request_id: _Optional[str] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[float] = ...) -> None: ...

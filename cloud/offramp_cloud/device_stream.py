@@ -1,0 +1,106 @@
+"""One CompleteStream call: many requests of a device, answered as they are ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from offramp_cloud.served import Served
+from offramp_cloud.statuses import Outcome
+from offramp_common.wire import offload_pb2 as pb
+
+MAX_MESSAGE = 1000  # characters of a status message: it travels in a header
+MAX_SHOWN = 64  # characters of a stranger's id in the log
+_LONGEST_CANCEL = 128  # bytes of a message that cancels a request: its id and a flag
+
+Begin = Callable[[bytes], tuple[Served, Coroutine[Any, Any, Outcome]]]
+"""A request's bytes -> its record, and the work that fills it in."""
+
+
+class DeviceStream:
+    """run() once. Reads while slots are free; a slot is taken until its reply has been written, so who
+    reads no replies is read no further requests."""
+
+    def __init__(
+        self,
+        write: Callable[[bytes], Awaitable[None]],
+        begin: Begin,
+        draining: asyncio.Event,
+        in_flight: int,
+    ) -> None:
+        self._write, self._begin, self._draining = write, begin, draining
+        self._slots = asyncio.Semaphore(in_flight)
+        self._writing = asyncio.Lock()  # one message at a time
+        self._jobs: dict[asyncio.Task[Outcome], Served] = {}
+
+    async def run(self, requests: AsyncIterator[bytes]) -> None:
+        """Until the device has ended the stream and has its answers, or the cloud drains. Cancelled
+        when the stream breaks, and with it all its requests."""
+        answers = asyncio.TaskGroup()
+        # Not in the group: to cancel a read that waits breaks the writes of gRPC's Python as well.
+        reading = asyncio.create_task(self._read(requests, answers))
+        ends = (reading, asyncio.create_task(self._draining.wait()))
+        try:
+            async with answers:
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if reading.done():
+                    reading.result()
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def _read(self, requests: AsyncIterator[bytes], answers: asyncio.TaskGroup) -> None:
+        async for raw in requests:
+            if unwanted := _cancelled(raw):
+                for job, served in self._jobs.items():
+                    if served.request_id == unwanted:
+                        job.cancel()
+                continue
+            await self._slots.acquire()
+            if self._draining.is_set():
+                return
+            answers.create_task(self._answer(raw))
+
+    async def _answer(self, raw: bytes) -> None:
+        served, work = self._begin(raw)
+        job = asyncio.create_task(work)
+        self._jobs[job] = served
+        try:
+            await asyncio.wait({job})
+            if job.cancelled():
+                return  # its device does not want it any more
+            message = _reply(served, job.result())
+            async with self._writing:
+                await self._write(message)
+        finally:
+            job.cancel()
+            await asyncio.gather(job, return_exceptions=True)
+            del self._jobs[job]
+            self._slots.release()
+
+
+def _cancelled(raw: bytes) -> str:
+    """The id of the request that this message cancels; empty where it is none that does."""
+    if len(raw) > _LONGEST_CANCEL:  # not parsed twice
+        return ""
+    try:
+        request = pb.OffloadRequest.FromString(raw)
+    except DecodeError:
+        return ""  # answered like any malformed request
+    return request.request_id[:MAX_SHOWN] if request.cancel else ""
+
+
+def _reply(served: Served, outcome: Outcome) -> bytes:
+    if outcome.code:
+        error = pb.RequestError(
+            request_id=served.request_id,
+            code=outcome.code,
+            message=outcome.message[:MAX_MESSAGE],
+            retry_after_ms=outcome.retry_after_ms,
+        )
+        return pb.StreamReply(error=error).SerializeToString()
+    reply = pb.OffloadReply.FromString(outcome.payload)
+    return pb.StreamReply(reply=reply).SerializeToString()
