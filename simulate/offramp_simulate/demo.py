@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from offramp_common import certs
 from offramp_common.bundle import Bundle
-from offramp_common.certs import init as make_certificates
 from offramp_simulate.processes import Child
 
 Record = dict[str, Any]
@@ -25,6 +25,7 @@ _CLOUD_START_S = 120.0
 _DEVICE_START_S = 60.0
 _ANSWER_S = 60.0
 _WARM_UP = 3
+DEVICE = "demo-device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,12 @@ def strategies(bundle: Bundle, split: int | None = None) -> list[Strategy]:
 
 @asynccontextmanager
 async def cloud_and_link(settings: Settings) -> AsyncIterator[tuple[Child, Path, Record]]:
-    """Start the cloud tier (TLS on) and the link in front of it; yields the link, the CA and the cloud's
-    own words. Both are ended however the block ends."""
+    """Start the cloud tier and the link in front of it; yields the link, the folder of the certificates
+    (the device's is called DEVICE) and the cloud's own words. Both are ended however the block ends."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-demo-")))
-        make_certificates(folder)
+        certs.init(folder)
+        certs.issue(folder, DEVICE)
         cloud = await Child.start(
             "cloud",
             *("cloud", "serve", "--bundle", str(settings.bundle), "--listen", "127.0.0.1:0"),
@@ -113,7 +115,7 @@ async def cloud_and_link(settings: Settings) -> AsyncIterator[tuple[Child, Path,
         )
         stack.push_async_callback(link.stop)
         listening = await link.read(_DEVICE_START_S)
-        yield link, folder / "ca.pem", {**ready, "link": listening["listening"]}
+        yield link, folder, {**ready, "link": listening["listening"]}
 
 
 async def run_strategy(
@@ -125,11 +127,13 @@ async def run_strategy(
     on_answer: Callable[[Sentence, Record], None],
 ) -> Outcome:
     """Answer every sentence, one at a time, by a device worker in a process of its own."""
-    link, authority, ready = cloud
+    link, folder, ready = cloud
     arguments = ["edge", "run", "--bundle", str(settings.bundle), "--input", "-", "--output", "-"]
     arguments += [*strategy.arguments(), *settings.extra]
     if strategy.needs_cloud(bundle.n_layers):
-        arguments += ["--cloud", ready["link"], "--ca", str(authority)]
+        pair = certs.pair_of(folder, DEVICE)
+        arguments += ["--cloud", ready["link"], "--ca", str(certs.pair_of(folder, "ca").cert)]
+        arguments += ["--cert", str(pair.cert), "--key", str(pair.key)]
     device = await Child.start("device", *arguments)
     outcome = Outcome(strategy)
     try:

@@ -1,0 +1,147 @@
+"""How a device comes back to the cloud: the breaker's pauses, greetings, and who waits for them."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from offramp_edge.breaker import ASIDE, UP
+from offramp_edge.link import Transfer
+from offramp_simulate.world_parts import GREETING, IDLE, PAUSED, Flight, Side
+
+if TYPE_CHECKING:
+    from offramp_simulate.world import World
+    from offramp_simulate.world_cloud import InCloud
+
+_DOUBT_S = 1.0  # as in the live session
+_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS = 500.0, 5
+_CONNECT_ROUND_TRIPS = 3  # TCP, TLS, the handshake
+
+
+class Handshakes:
+    """CloudSession.keep, as events."""
+
+    def __init__(self, world: World, cloud: InCloud) -> None:
+        self._world, self._cloud, self._agent = world, cloud, world.scenario.agent
+        self._clock = world.clock
+        self._waiting: dict[int, list[tuple[Flight, int]]] = {}
+        self._rngs: dict[int, random.Random] = {}
+
+    def rng_of(self, side: Side) -> random.Random:
+        rng = self._rngs.get(side.number)
+        if rng is None:
+            rng = random.Random(f"{self._world.scenario.seed}/retry/{side.number}")
+            self._rngs[side.number] = rng
+        return rng
+
+    def asked(self, side: Side) -> None:
+        """A greeting may be wanted."""
+        breaker = side.breaker
+        assert breaker is not None
+        if side.asking != IDLE or not breaker.ask.is_set():
+            return
+        side.asking = PAUSED
+        if breaker.state == UP:  # a doubt, soon after a good handshake, can wait
+            self._world.at(max(self._clock.now_s, side.greeted_s + _DOUBT_S), self._pause, side)
+        else:
+            self._pause(side)
+
+    def missed(self, side: Side) -> None:
+        """A sample would have been welcome to the cloud."""
+        breaker = side.breaker
+        assert breaker is not None
+        breaker.missed.set()
+        if side.asking == PAUSED and side.wait_missed:
+            side.wait_missed += 1
+            self._greet(side)
+
+    def wait(self, flight: Flight, trip: int) -> None:
+        """Tell the flight when the cloud is up."""
+        self._waiting.setdefault(flight.side.number, []).append((flight, trip))
+
+    def probe(self, side: Side) -> None:
+        """A sample without content goes to the cloud and back, for what it tells of the link."""
+        if self._cloud.faults or side.probing:
+            return
+        side.probing = True
+        nbytes = self._world.probe_nbytes
+        now_s, engine_s = self._clock.now_s, self._world.probe_s
+        transfer = side.link.sent(nbytes - self._world.scenario.link.beside_nbytes, 1e3 * engine_s)
+        self._world.probed(nbytes + self._cloud.down_nbytes)
+        side.up.send(nbytes, now_s, self._probe_there, side, transfer, engine_s)
+
+    def _probe_there(self, side: Side, transfer: Transfer, engine_s: float) -> None:
+        back_s = self._clock.now_s + 2 * self._cloud.hop_s + engine_s
+        self._world.at(back_s, self._probe_back, side, transfer, engine_s)
+
+    def _probe_back(self, side: Side, transfer: Transfer, engine_s: float) -> None:
+        nbytes = self._cloud.down_nbytes
+        side.down.send(nbytes, self._clock.now_s, self._probe_ends, side, transfer, engine_s)
+
+    def _probe_ends(self, side: Side, transfer: Transfer, engine_s: float) -> None:
+        side.probing = False
+        side.link.answered(transfer, 1e3 * engine_s)
+        # The cloud reports what a probe took as it does for a sample.
+        layers, tokens = self._world.probe_work
+        side.cloud_times.ran(layers, tokens, 0.0, 1e3 * engine_s)
+
+    def _pause(self, side: Side) -> None:
+        breaker = side.breaker
+        assert breaker is not None
+        soon_s, longest_s = breaker.pauses()
+        side.wait_missed = 0
+        now_s = self._clock.now_s
+        if breaker.state != ASIDE:
+            self._world.at(now_s + longest_s, self._greet, side)
+            return
+        breaker.missed.clear()
+        self._world.at(now_s + soon_s, self._soon, side, now_s + longest_s)
+
+    def _soon(self, side: Side, longest_s: float) -> None:
+        breaker = side.breaker
+        assert breaker is not None
+        if breaker.missed.is_set():
+            self._greet(side)
+            return
+        side.wait_missed = 1
+        self._world.at(longest_s, self._at_last, side)
+
+    def _at_last(self, side: Side) -> None:
+        if side.asking == PAUSED and side.wait_missed == 1:
+            self._greet(side)
+
+    def _greet(self, side: Side) -> None:
+        breaker = side.breaker
+        assert breaker is not None
+        breaker.ask.clear()
+        side.asking, side.wait_missed = GREETING, 0
+        now_s, cloud = self._clock.now_s, self._cloud
+        fault = cloud.faults.now("link") or cloud.faults.now("cloud")
+        if fault is None:
+            trips = _CONNECT_ROUND_TRIPS if breaker.state != UP else 1
+            takes_s = trips * cloud.rtt_s + 2 * cloud.hop_s
+            self._world.at(now_s + takes_s, self._replied, side, "")
+        elif fault.how == "refused":
+            takes_s = cloud.rtt_s if fault.what == "cloud" else 0.0
+            self._world.at(now_s + takes_s, self._replied, side, "unavailable")
+        else:
+            takes_s = max(_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS * 1e3 * cloud.rtt_s)
+            takes_s = min(takes_s, self._agent.probe_timeout_ms) / 1e3
+            self._world.at(now_s + takes_s, self._replied, side, "timeout")
+
+    def _replied(self, side: Side, reason: str) -> None:
+        breaker = side.breaker
+        assert breaker is not None
+        side.asking = IDLE
+        fault = self._cloud.faults.now("link") or self._cloud.faults.now("cloud")
+        if not reason and fault is not None:  # it began while the greeting was in the air
+            reason = "unavailable"
+        if reason:
+            breaker.failed(reason, "")
+            self.asked(side)
+            return
+        breaker.welcomed()
+        side.greeted_s = self._clock.now_s
+        for flight, trip in self._waiting.pop(side.number, []):
+            self._cloud.retries.again(flight, trip)
+        self.asked(side)
