@@ -33,13 +33,20 @@ _THREAD_WAIT_S = 2.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a broken rule shows in seconds. The order within a file is kept."""
+    """Fast tests first: a broken rule shows in seconds. The order within a file is kept.
+
+    With several processes (`-n 2 --dist loadgroup`) a file's tests stay in one, for they share what they
+    set up; and those that need Ray stay in one, for they share a cluster."""
 
     def rank(item: pytest.Item) -> int:
         marks = {mark.name for mark in item.iter_markers()}
         return max((_LATE.index(name) + 1 for name in marks.intersection(_LATE)), default=0)
 
     items.sort(key=rank)
+    for item in items:
+        if item.config.pluginmanager.hasplugin("xdist"):
+            ray = item.get_closest_marker("ray") is not None
+            item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
 
 
 def _required() -> set[str]:
