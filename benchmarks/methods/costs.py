@@ -74,7 +74,9 @@ class Costs:
     def _why(self, method: str) -> str:
         if self.within(method) is not False:
             return ""
-        heads = self.timings[method]["heads"]
+        heads = self.timings[method].get("heads")
+        if heads is None:
+            return _REASONS.get(method, "timed before the runtime's profile was kept")
         whole = heads["full_model_us"] / 100
         said = (
             f"of the model's time at {heads['tokens']} tokens its exits' matrices take "
