@@ -43,7 +43,7 @@ check: $(VENV)/installed-dev ## lint, types, generated code, import boundaries
 	PYTHON=$(BIN)/python scripts/check_proto.sh
 	$(BIN)/python -m pytest -q tests/test_boundaries.py
 
-proto: $(VENV)/installed-dev ## generate the wire code again after a change of proto/offload.proto
+proto: $(VENV)/installed-dev ## generate the wire code again after a change in proto/
 	PYTHON=$(BIN)/python scripts/generate_proto.sh common
 
 bench: $(VENV)/installed-dev ## measure again what the docs say, into benchmarks/results

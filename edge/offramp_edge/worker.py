@@ -89,17 +89,21 @@ class EdgeWorker:
             connector(cloud, ca, cert, key, insecure) if transport is None else lambda: transport
         )
         layers = layers or _graphs(self.bundle, plan.precision, self.settings.threads)
-        encode = TextEncoder(self.bundle)
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="offramp-layers")
+        encode, executor = TextEncoder(self.bundle), ThreadPoolExecutor(1, "offramp-layers")
+        about = (self.bundle, self.settings, plan, layers, encode, connect, executor)
+        self._run(Parts(*about, self.chooser, planner, on_final))
+
+    def _run(self, parts: Parts) -> None:
+        """An event loop in a thread of its own, and the agent in it."""
+        self._compute = parts.executor
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="offramp-edge", daemon=True
         )
         self._thread.start()
         self._closed = False
-        given = (self.bundle, self.settings, plan, layers, encode, connect, self._compute)
         try:
-            self.agent = self._do(started(Parts(*given, self.chooser, planner, on_final)))
+            self.agent = self._do(started(parts))
         except BaseException:
             self._stop()
             raise

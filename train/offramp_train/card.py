@@ -146,6 +146,6 @@ def _made(m: Manifest, command: str) -> str:
 def _use(m: Manifest) -> str:
     return (
         "```\nofframp edge run --bundle . --cloud HOST:PORT --input sentences.jsonl\n"
-        "offramp cloud serve --bundle . --listen HOST:PORT\n```\n\n"
+        "offramp cloud serve --bundle . --listen HOST:PORT --tls-dir CERTS\n```\n\n"
         f"The device runs the first {m.split} of {m.n_layers} layers unless told otherwise, in {m.precision}."
     )
