@@ -43,10 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return max((_LATE.index(name) + 1 for name in marks.intersection(_LATE)), default=0)
 
     items.sort(key=rank)
+    if not items or not hasattr(items[0].config, "workerinput"):  # one process
+        return
     for item in items:
-        if item.config.pluginmanager.hasplugin("xdist"):
-            ray = item.get_closest_marker("ray") is not None
-            item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
+        ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
+    # The longest group of all: begun last, it would run on alone.
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 def _required() -> set[str]:

@@ -346,20 +346,22 @@ async def test_work_that_nobody_waits_for_is_given_up_by_the_cloud(
 ) -> None:
     async with cloud_of(bundle) as cloud:
         worker = EdgeWorker(
-            bundle, cloud.address, layers=layers, **{**HARD_KNOBS, "hedge_after": 0.0}
+            bundle,
+            cloud.address,
+            layers=layers,
+            **{**HARD_KNOBS, "hedge_after": math.inf, "offload_timeout_ms": 60_000.0},
         )
         async with worker:
-            await until(lambda: up(worker))
             cloud.backend.free.clear()
-            answer = await worker.answer_async(TEXTS[0])
-            assert (answer.where, answer.hedge, answer.complete) == ("device", "device", True)
-            # Not at its deadline of two seconds, but as soon as the device had the answer.
-            await until(lambda: cloud.gateway.at_work == 0, 1.0)
-            assert cloud.served[-1].status == "CANCELLED"
+            asking = asyncio.create_task(worker.answer_async(TEXTS[0], deadline_ms=60_000))
+            await until(lambda: cloud.gateway.at_work == 1)
+            asking.cancel()
+            # Long before its deadline: the device has said so.
+            await until(lambda: cloud.gateway.at_work == 0)
+            assert [served.status for served in cloud.served if served.request_id] == ["CANCELLED"]
             cloud.backend.free.set()
-            slow = EdgeWorker(bundle, cloud.address, layers=layers, **HARD_KNOBS)
-            async with slow:
-                assert (await slow.answer_async(TEXTS[1])).where == "cloud"
+            # The stream lives on.
+            assert (await worker.answer_async(TEXTS[1])).where == "cloud"
 
 
 async def test_replies_after_the_deadline_are_dropped_and_counted(
@@ -377,7 +379,7 @@ async def test_replies_after_the_deadline_are_dropped_and_counted(
             link.swallow()  # the answer is on its way when nobody waits for it any more
             cloud.backend.free.set()
             answer = await asking
-            assert answer.ms <= 400
+            assert answer.where != "cloud"
             link.mend()
             await until(lambda: session.late_replies >= 1)
 
