@@ -78,7 +78,9 @@ def test_the_wheel_holds_nothing_else(wheel_names: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
     assert tops == {f"offramp_{package}" for package in PACKAGES} | {"offramp-0.1.0.dist-info"}
     kinds = {Path(name).suffix for name in wheel_names if ".dist-info/" not in name}
-    assert kinds <= {".npz", ".py", ".pyi", ".typed", ".toml", ".css", ".js", ".html", ".svg"}, kinds
+    assert kinds <= {".npz", ".py", ".pyi", ".typed", ".toml", ".css", ".js", ".html", ".svg"}, (
+        kinds
+    )
     assert not [name for name in wheel_names if "__pycache__" in name]
 
 
