@@ -32,6 +32,7 @@ _LATE = (
 _THREAD_WAIT_S = 2.0
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: a broken rule shows in seconds. The order within a file is kept.
 
