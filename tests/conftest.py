@@ -32,25 +32,14 @@ _LATE = (
 _THREAD_WAIT_S = 2.0
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a broken rule shows in seconds. The order within a file is kept.
-
-    With several processes (`-n 2 --dist loadgroup`) a file's tests stay in one, for they share what they
-    set up; and those that need Ray stay in one, for they share a cluster."""
+    """Fast tests first: a broken rule shows in seconds. The order within a file is kept."""
 
     def rank(item: pytest.Item) -> int:
         marks = {mark.name for mark in item.iter_markers()}
         return max((_LATE.index(name) + 1 for name in marks.intersection(_LATE)), default=0)
 
     items.sort(key=rank)
-    if not items or not hasattr(items[0].config, "workerinput"):  # one process
-        return
-    for item in items:
-        ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else str(item.path)))
-    # The longest group of all: begun last, it would run on alone.
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 def _required() -> set[str]:
