@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp_common.meeting import Meeting
+
 _KEPT = 0.99  # an observation counts half as much after 69 more
 _REFIT = 16  # observations
 _OUTLIER = 4.0  # times the expected: somebody else had the processor
@@ -98,43 +100,6 @@ class Survival:
         return self._expected[depth]
 
 
-class Meeting(NamedTuple):
-    """What fetching rows from below would come to. `below` come up to where `upper` wait, and both go on
-    together; or else the upper ones finish first.
-
-    climb_s       of those below, up to the others
-    below_s, upper_s, together_s   from there on: either alone, and both at once
-    """
-
-    below: Group
-    upper: Group
-    climb_s: float
-    below_s: float
-    upper_s: float
-    together_s: float
-
-    @property
-    def worth(self) -> bool:
-        """Whether the sum of all waits falls.
-
-        Gained: those below finish earlier by what sharing saves. Lost: the others finish later by the
-        climb, and by the longer layers above. Both are weighed by rows.
-        """
-        saved_s = self.upper_s + self.below_s - self.together_s
-        later_s = self.climb_s + self.together_s - self.upper_s
-        return self.below.rows * saved_s > self.upper.rows * later_s
-
-    def rescues(self, slack_below_s: float, slack_upper_s: float) -> bool | None:
-        """True where somebody below meets a deadline only if fetched, False where somebody above would
-        miss one for it, None where deadlines say nothing; given the shortest time left on each side."""
-        fetched_s = self.climb_s + self.together_s
-        if self.upper_s <= slack_upper_s < fetched_s:
-            return False
-        if fetched_s <= slack_below_s < self.upper_s + self.climb_s + self.below_s:
-            return True
-        return None
-
-
 def meeting(
     cost: LayerCost, lower: Sequence[tuple[int, Group]], upper: Group, meet: int, shared: float
 ) -> Meeting:
@@ -150,4 +115,4 @@ def meeting(
     below_s, upper_s, together_s = (
         shared * cost.seconds(group) for group in (below, upper, below.plus(upper))
     )
-    return Meeting(below, upper, climb_s, below_s, upper_s, together_s)
+    return Meeting(below.rows, upper.rows, climb_s, below_s, upper_s, together_s)

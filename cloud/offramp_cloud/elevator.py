@@ -2,7 +2,7 @@
 
 It runs one layer at a time. From wherever it is it takes along whoever waits at that depth, lets out whoever
 may leave, and goes on to the next depth with anybody there; at the top it starts again from the lowest. Who
-came in below meanwhile is fetched first only where that is worth it (costs.Meeting). No clock is
+came in below meanwhile is fetched first only where that is worth it (offramp_common.meeting). No clock is
 waited for, and nobody leaves early for the sake of a batch.
 
 A plain object for one thread, without asyncio: the engine runs it, and tests turn its clock.
@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 from torch import Tensor
@@ -171,13 +171,13 @@ class Elevator:
         if first_above == -math.inf:
             return False
         meet = above[0]
+        upper = _total(self._floors[meet])
         lower = [(floor, _total(self._floors[floor])) for floor in below]
-        shared = self._survival.layers(meet)
-        plan = meeting(self.cost, lower, _total(self._floors[meet]), meet, shared)
-        if not fits(plan.below.plus(plan.upper), self._load):
+        both = reduce(Group.plus, (group for _, group in lower), upper)
+        if not fits(both, self._load):
             return False  # they could not share a layer
-        rescued = plan.rescues(_slack_s(mine, now_s), _slack_s(theirs, now_s))
-        return plan.worth if rescued is None else rescued
+        plan = meeting(self.cost, lower, upper, meet, self._survival.layers(meet))
+        return plan.fetched(_slack_s(mine, now_s), _slack_s(theirs, now_s))
 
     def _requests(self, floors: Sequence[int]) -> list[Request]:
         waiting = (riders for floor in floors for riders in self._floors[floor])

@@ -2,9 +2,9 @@
 
 Whoever waits at a depth is taken along, one layer runs, whoever may leave does, and it goes on with the next
 depth above where anybody is; those below are fetched first only where the sum of all waits falls or a
-deadline is met by it. The rules are those of offramp_cloud.elevator and costs, written again because the
-simulator must not import the cloud; tests/simulate/test_engine_model.py runs both side by side. What the
-live engine learns of its layers' times, this one knows from the record.
+deadline is met by it (offramp_common.meeting). The way up is offramp_cloud.elevator's, written again over
+single rows because the simulator must not import the cloud; tests/simulate/test_engine_model.py runs both
+side by side. What the live engine learns of its layers' times, this one knows from the record.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from offramp_common.meeting import Meeting
 from offramp_simulate.engine_times import EngineTimes, Survival
 from offramp_simulate.scenario_parts import Cloud
 
@@ -250,12 +251,8 @@ class Engine:
         slack_below_s, slack_upper_s = (
             min(job.wanted_s for job in jobs) - now_s for jobs in (mine, theirs)
         )
-        if upper_s <= slack_upper_s < climb_s + together_s:
-            return False
-        if climb_s + together_s <= slack_below_s < upper_s + climb_s + below_s:
-            return True
-        saved_s, later_s = upper_s + below_s - together_s, climb_s + together_s - upper_s
-        return lower[0] * saved_s > upper[0] * later_s
+        plan = Meeting(lower[0], upper[0], climb_s, below_s, upper_s, together_s)
+        return plan.fetched(slack_below_s, slack_upper_s)
 
     def _expected_s(self, group: Group) -> float:
         rows = min(group[0], self._cloud.max_batch)
