@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -175,7 +174,7 @@ def _sentences(data: str | None, limit: int | None) -> tuple[list[Sentence], str
         raise ConfigError(
             f"{path}: no such file; name one with --data FILE, or the folder of data sets with OFFRAMP_DATA"
         )
-    sentences = _read_jsonl(path) if path.suffix == ".jsonl" else _read_tsv(path)
+    sentences = _read(path)
     if data == "":
         # The test split is sorted by label: take a spread of it, not its beginning.
         step = max(1, len(sentences) // (limit or len(sentences)))
@@ -186,36 +185,16 @@ def _sentences(data: str | None, limit: int | None) -> tuple[list[Sentence], str
     return sentences, path.name if data is None else "/".join(path.parts[-2:])
 
 
-def _read_jsonl(path: Path) -> list[Sentence]:
+def _read(path: Path) -> list[Sentence]:
     from offramp_simulate.demo import Sentence
+    from offramp_simulate.labelled import field, read_rows
 
-    sentences = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            sentence = Sentence(
-                str(row.get("id", number)), row["text"], row["label"], row.get("kind", "")
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f'{path}:{number}: must be {{"text": ..., "label": ...}}') from error
-        sentences.append(sentence)
-    return sentences
-
-
-def _read_tsv(path: Path) -> list[Sentence]:
-    from offramp_simulate.demo import Sentence
-
-    header, *lines = path.read_text(encoding="utf-8").splitlines()
-    columns = header.split("\t")
-    if "text" not in columns or "label" not in columns:
-        raise ConfigError(f"{path}:1: columns {columns}, must have text and label")
-    text, label = columns.index("text"), columns.index("label")
-    sentences = []
-    for number, line in enumerate(lines, start=2):
-        fields = line.split("\t")
-        if len(fields) != len(columns):
-            raise ConfigError(
-                f"{path}:{number}: {len(fields)} fields, the header has {len(columns)}"
-            )
-        sentences.append(Sentence(str(number), fields[text], fields[label]))
-    return sentences
+    return [
+        Sentence(
+            str(row[1].get("id", row[0])),
+            field(path, row, "text"),
+            field(path, row, "label"),
+            str(row[1].get("kind", "")),
+        )
+        for row in read_rows(path)
+    ]

@@ -23,6 +23,7 @@ from offramp_common.runner import Knobs, Layers, run
 from offramp_common.spec import never_exit
 from offramp_common.text import Text, TextEncoder
 from offramp_common.transport import Completion, Offload
+from offramp_simulate.labelled import field, read_rows
 from offramp_simulate.record import NEVER, OWN, Point
 
 Progress = Callable[[str, int, int], None]
@@ -64,19 +65,20 @@ def read_labelled(path: Path, bundle: Bundle, limit: int | None) -> Labelled:
     places = {label: place for place, label in enumerate(task.labels)}
     texts: list[Text] = []
     targets: list[int] = []
-    rows = _rows(path)
-    if (
-        limit is not None and len(rows) > limit
-    ):  # files are often sorted by label: take from all of it
+    rows = read_rows(path)
+    if limit is not None and len(rows) > limit:
+        # Files are often sorted by label: take from all of it.
         rows = [rows[at * len(rows) // limit] for at in range(limit)]
-    for number, row in rows:
-        label = str(row.get("label"))
+    for row in rows:
+        label = field(path, row, "label")
         if label not in places:
             some = ", ".join(list(places)[:6])
-            raise DataError(f"{path}:{number}: label {label!r:.60}: the bundle knows {some}, ...")
-        text = row.get("text")
-        pair = (str(row.get("premise", row.get("sentence1"))), str(row.get("hypothesis")))
-        texts.append(pair if task.pair and text is None else str(text))
+            raise DataError(f"{path}:{row[0]}: label {label!r:.60}: the bundle knows {some}, ...")
+        if task.pair and row[1].get("text") is None:
+            first = "premise" if "premise" in row[1] else "sentence1"
+            texts.append((field(path, row, first), field(path, row, "hypothesis")))
+        else:
+            texts.append(field(path, row, "text"))
         targets.append(places[label])
     if not texts:
         raise DataError(f"{path}: no labelled line in it; give texts with their labels")
@@ -235,33 +237,6 @@ def _message_nbytes(bundle: Bundle, depth: int, frame: bytes) -> int:
 def _knobs(values: object) -> Knobs:
     assert isinstance(values, dict)
     return {name: tuple(float(v) for v in column) for name, column in values.items()}
-
-
-def _rows(path: Path) -> list[tuple[int, dict[str, object]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        return []
-    if numbered[0][1].lstrip().startswith("{"):
-        return [(number, _object(path, number, line)) for number, line in numbered]
-    columns = numbered[0][1].split("\t")
-    return [
-        (number, dict(zip(columns, line.split("\t"), strict=False)))
-        for number, line in numbered[1:]
-    ]
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, object]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}:{number}: not an object with text and label")
-    return value
 
 
 def check_through(names: Sequence[str]) -> tuple[str, ...]:

@@ -107,6 +107,12 @@ def test_labels_that_the_bundle_does_not_know_are_named(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(DataError, match="no labelled line"):
         read_labelled(path, bundle, None)
+    path.write_text("text\tlabel\nwake me\tat seven\talarm\n")
+    with pytest.raises(DataError, match=r"data\.tsv:2: 3 fields, the header has 2"):
+        read_labelled(path, bundle, None)
+    path.write_text("label\nalarm\n")
+    with pytest.raises(DataError, match=r"data\.tsv:2: no text"):
+        read_labelled(path, bundle, None)
     path.write_text("{broken\n")
     with pytest.raises(DataError, match=r"data\.tsv:1: not JSON"):
         read_labelled(path, bundle, None)
