@@ -21,6 +21,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _CLOCK_SKEW = datetime.timedelta(minutes=5)
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # FIPS 186-5
 
+_SERVER, _CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+
 Now = datetime.datetime | None  # from when on a certificate is valid; None: the machine's clock
 
 
@@ -44,42 +46,19 @@ class Issued:
 
 def new_authority(days: int, now: Now = None) -> Issued:
     """A self-signed authority."""
-    return _issue(
-        now,
-        None,
-        "offramp development CA",
-        days,
-        x509.BasicConstraints(ca=True, path_length=0),
-        _key_usage(key_cert_sign=True, crl_sign=True),
-    )
+    key = ec.generate_private_key(ec.SECP256R1())
+    return _authority(now, "offramp development CA", days, key)
 
 
 def new_server(authority: Issued, hosts: Sequence[str], days: int, now: Now = None) -> Issued:
     """A server's certificate for these names and IP addresses."""
-    return _issue(
-        now,
-        authority,
-        "offramp development server",
-        days,
-        x509.BasicConstraints(ca=False, path_length=None),
-        _key_usage(digital_signature=True),
-        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
-        x509.SubjectAlternativeName([_general_name(host) for host in hosts]),
-    )
+    names = [_general_name(host) for host in hosts]
+    return _leaf(now, authority, "offramp development server", days, [_SERVER], names)
 
 
 def new_device(authority: Issued, name: str, days: int, now: Now = None) -> Issued:
     """A device's certificate; its common name and its one alternative name (DNS) are `name`."""
-    return _issue(
-        now,
-        authority,
-        name,
-        days,
-        x509.BasicConstraints(ca=False, path_length=None),
-        _key_usage(digital_signature=True),
-        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]),
-        x509.SubjectAlternativeName([x509.DNSName(name)]),
-    )
+    return _leaf(now, authority, name, days, [_CLIENT], [x509.DNSName(name)])
 
 
 def shared_authority(secret: bytes, days: int, now: Now = None) -> Issued:
@@ -87,29 +66,12 @@ def shared_authority(secret: bytes, days: int, now: Now = None) -> Issued:
     it, so that its certificates, made anywhere, vouch for each other's leaves."""
     number = int.from_bytes(hashlib.sha512(b"offramp shared authority" + secret).digest())
     key = ec.derive_private_key(number % (_P256_ORDER - 1) + 1, ec.SECP256R1())
-    return _issue(
-        now,
-        None,
-        "offramp cluster",
-        days,
-        x509.BasicConstraints(ca=True, path_length=0),
-        _key_usage(key_cert_sign=True, crl_sign=True),
-        key=key,
-    )
+    return _authority(now, "offramp cluster", days, key)
 
 
 def new_peer(authority: Issued, name: str, days: int, now: Now = None) -> Issued:
     """A certificate that is good for both parts; its common and its alternative name are `name`."""
-    return _issue(
-        now,
-        authority,
-        name,
-        days,
-        x509.BasicConstraints(ca=False, path_length=None),
-        _key_usage(digital_signature=True),
-        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-        x509.SubjectAlternativeName([x509.DNSName(name)]),
-    )
+    return _leaf(now, authority, name, days, [_SERVER, _CLIENT], [x509.DNSName(name)])
 
 
 def serial_of(cert_pem: bytes) -> int:
@@ -138,16 +100,49 @@ def load(cert_pem: bytes, key_pem: bytes) -> Issued:
     return Issued(cert, key)
 
 
+def _authority(now: Now, name: str, days: int, key: ec.EllipticCurvePrivateKey) -> Issued:
+    return _issue(
+        now,
+        None,
+        name,
+        days,
+        key,
+        x509.BasicConstraints(ca=True, path_length=0),
+        _key_usage(key_cert_sign=True, crl_sign=True),
+    )
+
+
+def _leaf(
+    now: Now,
+    authority: Issued,
+    name: str,
+    days: int,
+    parts: Sequence[x509.ObjectIdentifier],
+    names: Sequence[x509.GeneralName],
+) -> Issued:
+    """`parts`: what it is good for, of _SERVER and _CLIENT;  `names`: its alternative names."""
+    return _issue(
+        now,
+        authority,
+        name,
+        days,
+        ec.generate_private_key(ec.SECP256R1()),
+        x509.BasicConstraints(ca=False, path_length=None),
+        _key_usage(digital_signature=True),
+        x509.ExtendedKeyUsage(parts),
+        x509.SubjectAlternativeName(names),
+    )
+
+
 def _issue(
     now: Now,
     authority: Issued | None,
     common_name: str,
     days: int,
+    key: ec.EllipticCurvePrivateKey,
     *extensions: x509.ExtensionType,
-    key: ec.EllipticCurvePrivateKey | None = None,
 ) -> Issued:
-    """A certificate for `key` (None: a new one), signed by `authority`, or by itself without one."""
-    key = key or ec.generate_private_key(ec.SECP256R1())
+    """A certificate for `key`, signed by `authority`, or by itself without one."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     signer = key if authority is None else authority.key
     now = now or datetime.datetime.now(datetime.UTC)
