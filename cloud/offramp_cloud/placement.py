@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import socket
@@ -43,6 +44,17 @@ class Placement:
     def num_cpus(self) -> float:
         """Of one replica."""
         return self.cpus or float(self.threads)
+
+
+def placement_of(args: argparse.Namespace) -> Placement:
+    """From the arguments that `cloud serve` and `cloud deploy` share."""
+    return Placement(
+        replicas=args.replicas,
+        max_replicas=args.max_replicas,
+        threads=args.threads,
+        cpus=args.cpus,
+        drain_s=args.drain_s,
+    )
 
 
 def secure_own_ray() -> None:

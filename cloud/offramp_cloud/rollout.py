@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from offramp_cloud import app, cluster
-from offramp_cloud.placement import Placement, check_address
+from offramp_cloud.placement import Placement, check_address, placement_of
 from offramp_cloud.stdout import stdout_alone
 from offramp_common.bundle import Bundle
 from offramp_common.cli import CHECK_FAILED, OK, write_json
@@ -48,7 +48,7 @@ def _deploy(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
         if name in app.deployed():
             print(f"{name} is there already", file=sys.stderr)
         else:
-            _roll_in(bundle, name, _placement(args), args.watch_s)
+            _roll_in(bundle, name, placement_of(args), args.watch_s)
         result["retired"] = asyncio.run(_retire(bundle.manifest.name, args.keep))
         result["status"] = "deployed"
     except RolledBack as why:
@@ -56,16 +56,6 @@ def _deploy(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
         result |= {"status": "rolled back", "reason": str(why)}
     result["seconds"] = round(time.monotonic() - started_s, 1)
     return result
-
-
-def _placement(args: argparse.Namespace) -> Placement:
-    return Placement(
-        replicas=args.replicas,
-        max_replicas=args.max_replicas,
-        threads=args.threads,
-        cpus=args.cpus,
-        drain_s=args.drain_s,
-    )
 
 
 def _roll_in(bundle: Bundle, name: str, placement: Placement, watch_s: float) -> None:

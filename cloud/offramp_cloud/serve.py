@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from offramp_cloud.admission import Admission
 from offramp_cloud.backends import Backend, LocalBackend
 from offramp_cloud.gateway import Gateway, GatewaySettings
 from offramp_cloud.outside import Outside, seen
-from offramp_cloud.placement import Placement, check_address, secure_own_ray
+from offramp_cloud.placement import Placement, check_address, placement_of, secure_own_ray
 from offramp_cloud.quotas import Quota
 from offramp_cloud.served import JsonFormatter, LineFormatter
 from offramp_cloud.stdout import stdout_alone
@@ -131,12 +132,8 @@ async def _local_backend(
 
 
 def _placement(args: argparse.Namespace, limits: Limits, load: Load) -> Placement:
-    return Placement(
-        replicas=args.replicas,
-        max_replicas=args.max_replicas,
-        threads=args.threads,
-        cpus=args.cpus,
-        drain_s=args.drain_s,
+    return replace(
+        placement_of(args),
         trace=args.trace or "",
         limits=limits,
         load=load,
