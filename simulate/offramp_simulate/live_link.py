@@ -8,12 +8,21 @@ import math
 import os
 import select
 import selectors
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from offramp_simulate.faults import Conditions
 from offramp_simulate.links import Direction, LinkProfile, header_nbytes
 from offramp_simulate.live_shaper import LiveShaper
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+
+OF_THIS_MOMENT = ("state", "faults", "time_s", "queued_bytes_up", "queued_bytes_down")
+"""Fields of a link's statistics that are no counters."""
 _WAKE_LATE_S = 0.05  # how late a busy machine may wake us, for sizing only
 _MIN_PENDING_CHUNKS = 256  # small messages count as chunks too; they must not wait for this
 _UNLIMITED_PENDING_CHUNKS = 32
@@ -41,12 +50,13 @@ class LinkStats:
 
     def since(self, before: LinkStats) -> LinkStats:
         """The counters less those of an earlier snapshot; what is of this moment stays."""
-        now_only = (
-            "state", "faults", "time_s", "queued_bytes_up", "queued_bytes_down", "open_connections"
-        )  # fmt: skip
-        counts = [f.name for f in fields(self) if f.name not in now_only]
-        changed = {name: getattr(self, name) - getattr(before, name) for name in counts}
-        return LinkStats(**{name: getattr(self, name) for name in now_only}, **changed)
+        return counted_since(self, before, (*OF_THIS_MOMENT, "open_connections"))
+
+
+def counted_since(now: S, before: S, kept: Collection[str]) -> S:
+    """A snapshot's fields less those of an earlier one, but for the `kept`."""
+    names = [field.name for field in fields(now) if field.name not in kept]
+    return replace(now, **{name: getattr(now, name) - getattr(before, name) for name in names})
 
 
 class LinkClock:

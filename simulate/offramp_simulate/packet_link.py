@@ -17,7 +17,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +25,7 @@ from offramp_common.errors import ConfigError
 from offramp_simulate.faults import Conditions, Fault
 from offramp_simulate.links import Direction, LinkProfile
 from offramp_simulate.live_faults import LiveFaults
+from offramp_simulate.live_link import OF_THIS_MOMENT, counted_since
 from offramp_simulate.live_shaper import LiveShaper
 from offramp_simulate.netns import MTU_NBYTES, End, make_ends, remove_ends
 
@@ -56,10 +57,7 @@ class PacketStats:
 
     def since(self, before: PacketStats) -> PacketStats:
         """The counters less those of an earlier snapshot; what is of this moment stays."""
-        now_only = ("state", "faults", "time_s", "queued_bytes_up", "queued_bytes_down")
-        counts = [f.name for f in fields(self) if f.name not in now_only]
-        changed = {name: getattr(self, name) - getattr(before, name) for name in counts}
-        return PacketStats(**{name: getattr(self, name) for name in now_only}, **changed)
+        return counted_since(self, before, OF_THIS_MOMENT)
 
 
 class PacketLink:
