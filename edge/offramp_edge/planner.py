@@ -98,7 +98,7 @@ class AutoPlanner:
         self.menu, self.world, self.objective = menu, world, objective or Objective()
         self._foreseen, self._blind = foreseen, blind_to_load
         self.on_asked: Callable[[], None] = lambda: None
-        self._solver = Solver(foreseen.forecast, self.objective)
+        self.solver = Solver(foreseen.forecast, self.objective)
         self._n = menu.n_layers
         self.crowd = Crowd()
         self._believed: _Believed | None = None
@@ -114,10 +114,10 @@ class AutoPlanner:
             self.crowd.came(standing.waiting)
         self.on_asked()
         stages = self.stages(standing)
-        outlook = self._solver.outlooks[self._solver.place[standing.depth]]
+        outlook = self.solver.outlooks[self.solver.place[standing.depth]]
         bin_ = outlook.bin_of(standing.confidence)
         for stage in stages:
-            if stage.depth > standing.depth and stage.depth in self._solver.exits:
+            if stage.depth > standing.depth and stage.depth in self.solver.exits:
                 return Choice(stage.depth)  # there it is known better
             if stage.sends(bin_):
                 option = stage.option[bin_]
@@ -128,7 +128,7 @@ class AutoPlanner:
         """Where a sample left, and what it took, tells of those to come."""
         self.crowd.took(answer.stages_ms.device)
         if answer.where != FALLBACK and self._foreseen.left(answer.exit_depth):
-            self._solver = Solver(self._foreseen.forecast, self.objective)
+            self.solver = Solver(self._foreseen.forecast, self.objective)
             self._kept = {}
 
     def stages(self, standing: Standing) -> list[Stage]:
@@ -161,12 +161,8 @@ class AutoPlanner:
             depth, queued = standing.depth, 0 if self._blind else standing.in_flight
         return depth, tokens, waiting, queued, _step(queue_ms), busy, standing.reachable
 
-    @property
-    def solver(self) -> Solver:
-        return self._solver
-
     def _solved(self, key: tuple[int, ...], left_step: int) -> list[Stage]:
-        stages = self._solver.solve(self._problem(key, left_step))
+        stages = self.solver.solve(self._problem(key, left_step))
         self.solved += 1
         if len(self._kept) >= _MOST_KEPT:
             self._kept = {}

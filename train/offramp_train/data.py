@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,11 +127,6 @@ def row_weights(rows: Rows, weights: dict[str, float]) -> NumpyArray:
             f"{rows.path}: no row has the label {unknown[0]!r} that a weight is given for"
         )
     return np.array([weights.get(label, 1.0) for label in rows.labels], dtype=np.float64)
-
-
-def most_common_share(rows: Rows) -> float:
-    """The accuracy of always answering the most common label."""
-    return Counter(rows.labels).most_common(1)[0][1] / len(rows)
 
 
 def _split_files(path: Path) -> dict[str, Path]:
