@@ -57,8 +57,6 @@ def combinations(
                 continue
             everywhere = all(reasons.values()) and len(set(reasons.values())) == 1
             name = recipe.name if everywhere or len(models) == 1 else f"{recipe.name} ({kind})"
-            # What it recommends instead is on the page anyway.
-            reason = reason.partition(";")[0].replace(f"recipe {recipe.name}", "it", 1)
             if name not in refused.setdefault(reason, []):
                 refused[reason].append(name)
     return Combinations(
@@ -68,12 +66,12 @@ def combinations(
 
 
 def _reason(recipe: Recipe, model: MultiExitModel, kind: str) -> str:
-    """Why the recipe is refused; "" where it is not."""
+    """Why the recipe is refused, without what to take instead (the page has that); "" where it is not."""
     try:
         check_recipe(recipe, model.method, _TASKS[kind], model.spec.settings)
         check_model(recipe, model, loss_settings(recipe, {}, "settings"))
     except ConfigError as error:
-        return str(error)
+        return str(error).partition(";")[0].replace(f"recipe {recipe.name}", "it", 1)
     return ""
 
 

@@ -75,6 +75,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "elasticbert": {"patience": {"rule": "patience"}},
 }
 
+# Where one set of terms for all is not what a method was made for: said beside its results.
+UNFAVOURABLE = {
+    "be3r": " Exits stand after every layer, as for all methods, which is where it should not be used.",
+    "dact_bert": " One tau (`loss.tau = 0.005`) serves all operating points, and those with a "
+    "`slack` below 1 give up the guarantee that no later exit could change the answer.",
+    "elbert": " Its paper's backbone is ALBERT, whose layers share their weights; here they do not.",
+    "palbert": " Its paper's backbone is ALBERT, whose layers share their weights; here they do not.",
+}
+
 FULL, TRUNCATED = "full", "truncated"
 # A static model is any method's final exit alone; this one has a head for both kinds of task.
 _STATIC = "pabee"

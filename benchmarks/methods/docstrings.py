@@ -60,8 +60,10 @@ def _after_colon(lines: list[str]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Docstrings are nearly Markdown: lists want an empty line before them, angle brackets an escape."""
+    """Docstrings are nearly Markdown: lists want an empty line around them, angle brackets an escape."""
     text = re.sub(r"(?m)(?<!\n)\n(?=1\. )", "\n\n", text.strip("\n"))
+    # What follows the last item without an indent is a paragraph, and not the item's end.
+    text = re.sub(r"(?m)^(\d+\. .*(?:\n   .*)*)\n(?=[^\s\d])", r"\1\n\n", text)
     lines = [
         line if line.startswith("    ") else line.replace("<", "&lt;") for line in text.splitlines()
     ]

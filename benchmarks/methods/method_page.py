@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def page(
     method = METHODS[about["name"]]
     doc = method_doc(method.name)
     lines = [
-        f"# {method.name}: {method.paper.title}",
+        f"# {_title(method)}",
         "",
         cells.GENERATED,
         "",
@@ -37,9 +38,9 @@ def page(
         "",
         f"**The rule.** {doc.rule}",
         "",
-        f"**Use it:** {method.use}",
+        f"**When to take it:** {method.use}",
         "",
-        f"**Avoid it:** {method.avoid}",
+        f"**When not:** {method.avoid}",
         "",
         *results(method, sets),
         *(guarantee_table(guarantee) if guarantee and method.guarantee else []),
@@ -59,6 +60,13 @@ def page(
         *points_tables(method, sets),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _title(method: Method) -> str:
+    """The paper's title names most methods itself."""
+    title = method.paper.title
+    named = re.sub(r"\W", "", title).lower().startswith(method.name.replace("_", ""))
+    return title if named else f"{method.name}: {title}"
 
 
 def commands(method: Method) -> list[str]:
@@ -87,7 +95,7 @@ def _commands(about: Mapping[str, Any]) -> list[str]:
             "`bandit_file` in `--config` are its settings, and `knobs` there fixes the exit instead.",
         ]
     return [
-        "## Use it",
+        "## Commands",
         "",
         "With the recipe's own settings (`DIR` has train, dev and test files; docs/training.md says more):",
         "",

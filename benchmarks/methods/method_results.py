@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cells
+from comparison import UNFAVOURABLE
 from derived import NOT_RUN, Line, SetNumbers
 from plots import grid, panel, sheet, spans
 from reading import ONLINE
@@ -57,7 +58,8 @@ def results(method: Method, sets: Sets) -> list[str]:
         f"**The paper reports:** {method.reported}",
         "",
         "**What differs:** another backbone (six layers, 384 wide), one budget for all methods, mean "
-        "pooling, FLOPs rather than the paper's own measure of speed, and what the lists below say.",
+        "pooling, FLOPs rather than the paper's own measure of speed, and what the lists below say."
+        + UNFAVOURABLE.get(method.name, ""),
         "",
     ]
     return [*out, *_exits(mine)]

@@ -111,6 +111,27 @@ def test_a_judge_that_is_surest_of_being_right_does_not_leave_at_theta_zero() ->
     assert decide([0.0], theta=0.0).leave_B.tolist() == [False], "a sigmoid does reach 0"
 
 
+@torch.no_grad()
+def test_a_judge_worked_out_by_hand() -> None:
+    spec = HeadSpec(TaskSpec("classification", ("a", "b")), 2, 1, (1,), METHODS["berxit"].settings)
+    branch = METHODS["berxit"].branches(spec)["1"].eval()
+    values = {"pooler": ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0]),
+              "classifier": ([[4.0, 0.0], [0.0, 4.0]], [0.0, 1.0]),
+              "judge": ([[2.0, -1.0]], [-1.5 - math.log(3.0)])}  # fmt: skip
+    for name, (weight, bias) in values.items():
+        branch.get_parameter(f"{name}.weight").copy_(torch.tensor(weight))
+        branch.get_parameter(f"{name}.bias").copy_(torch.tensor(bias))
+    # Pooled (0.5, -0.5). The judge: 2 * 0.5 + 0.5 - 1.5 - ln 3, whose sigmoid is 1 / (1 + 3).
+    hidden_BTD = torch.tensor([[[0.5, -0.5], [9.0, 9.0]]]).atanh()
+    outputs = branch(hidden_BTD, torch.ones(1, 2, dtype=torch.bool), {})
+    torch.testing.assert_close(outputs["logits"], torch.tensor([[2.0, -1.0]]))
+    torch.testing.assert_close(outputs["wrong"], torch.tensor([0.25]))
+    for theta, leaves in ((0.24, False), (0.26, True)):
+        decision = LearnedPolicy().decide(outputs, {}, {"theta": torch.tensor(theta)}, 1)
+        assert decision.leave_B.item() is leaves
+        assert decision.confidence_B.item() == pytest.approx(0.75)
+
+
 # The architecture
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def test_the_joint_variant_adds_up_all_exits_in_every_update(wrong: bool) -> Non
         terms = [cross_entropy(o["logits"], TARGET) for o in outputs.values()]
         terms += [judged(mine)] if wrong else []
         assert torch.allclose(berxit_loss(mine), torch.stack(terms).sum())
+
+
+def test_the_judges_loss_worked_out_by_hand() -> None:
+    # Exit 1 is right (target 0) and judged 0.25, exit 2 is wrong (target 1) and judged 0.5.
+    outputs = {
+        1: {"logits": torch.tensor([[1.0, 0.0, 0.0]]), "wrong": torch.tensor([0.25])},
+        2: {"logits": torch.tensor([[0.0, 1.0, 0.0]]), "wrong": torch.tensor([0.5])},
+    }
+    mine = seen(outputs, torch.tensor([0]), RECIPE)
+    assert judged(mine).item() == pytest.approx((0.0625 + 0.25) / 2)
+    # tanh(ln 3 / 2) = (3 - 1) / (3 + 1): off by that much, a value is half wrong.
+    value = torch.tensor([[1.0 + math.log(3.0) / 2]])
+    off = seen({1: value}, torch.tensor([1.0]), RECIPE, task=VALUES)
+    assert wrong_targets(off, value).item() == pytest.approx(0.5)
 
 
 def test_row_weights_count_in_all_of_it() -> None:

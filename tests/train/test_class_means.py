@@ -14,6 +14,7 @@ from offramp_common.spec import TaskSpec
 from offramp_model.backbones import backbone_from_pretrained
 from offramp_model.exits import HeadSpec
 from offramp_model.methods import METHODS
+from offramp_model.methods.class_means import ClassMeans
 from offramp_model.split_model import MultiExitModel
 from offramp_model.store import named_tensors
 from offramp_train.batches import Example, collate
@@ -90,6 +91,27 @@ def test_means_and_scales_of_a_streaming_pass_are_those_of_stored_features(
             torch.testing.assert_close(got.double(), mean_D, rtol=0, atol=1e-5)
             found = model.exits[str(depth)].get_buffer("scale")[c].item()
             assert found == pytest.approx(scale.item(), rel=1e-4)
+
+
+def test_features_of_another_size_fitted_anew_change_no_probability(
+    model: MultiExitModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = collate(examples, model.channels)
+
+    def probabilities() -> torch.Tensor:
+        fit_means(Fitting(model, examples, seed=0))
+        with torch.no_grad():
+            outputs = model(batch.inputs_BTF, batch.mask_BT)
+        return torch.stack([outputs[depth]["logits"].softmax(-1) for depth in (1, 2)])
+
+    before, scale = probabilities(), model.exits["1"].get_buffer("scale").clone()
+    plain = ClassMeans.feature
+    monkeypatch.setattr(ClassMeans, "feature", lambda self, h, m: 50.0 * plain(self, h, m))
+    torch.testing.assert_close(probabilities(), before, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        model.exits["1"].get_buffer("scale")[:UNSEEN], 50.0 * scale[:UNSEEN], rtol=1e-4, atol=0
+    )
+    assert (before.amax(dim=-1) - 1 / UNSEEN).abs().max() > 0.01, "they differ from chance"
 
 
 def test_a_class_without_rows_is_never_the_answer(

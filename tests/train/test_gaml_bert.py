@@ -165,6 +165,15 @@ def test_the_losses_by_hand() -> None:
     assert torch.equal(labels, depth_weighted(shown))
 
 
+def test_two_exits_worked_out_by_hand() -> None:
+    # Halved by T = 2 their logits give (1/2, 1/2) and (3/4, 1/4); weights are 1/3 and 2/3.
+    answers = {1: torch.zeros(1, 2), 2: 2 * torch.tensor([[0.75, 0.25]]).log()}
+    task = TaskSpec("classification", ("a", "b"))
+    loss = mutual_loss(seen(answers, torch.tensor([0]), RECIPE, task=task))
+    # 3/4 ln 3/2 + 1/4 ln 1/2 = 0.130812 of the first from the second; 1/2 ln 2/3 + 1/2 ln 2 = 0.143841.
+    assert loss.item() == pytest.approx(4 * (0.130812 / 3 + 2 * 0.143841 / 3), abs=1e-5)
+
+
 def test_row_weights_count_in_what_exits_teach_each_other() -> None:
     answers, target = _answers()
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])

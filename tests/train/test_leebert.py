@@ -23,6 +23,7 @@ from toy_models import toy_model
 from trainers import assert_stops_leave_no_trace, make_trainer, small_config, weights_of
 
 from offramp_common.errors import ConfigError
+from offramp_common.spec import TaskSpec
 from offramp_train.batches import Batch, collate
 from offramp_train.data import Splits, read_splits
 from offramp_train.loop import Trainer
@@ -219,6 +220,19 @@ def test_the_terms_by_hand() -> None:
                 expected.append(4 * kl_div(log_p, teacher, reduction="batchmean"))
     got = _weights().terms(seen(answers, target, RECIPE))
     torch.testing.assert_close(got, torch.stack(expected))
+
+
+def test_two_exits_worked_out_by_hand() -> None:
+    # Halved by T = 2 their logits give (1/2, 1/2) and (3/4, 1/4); whole, (1/2, 1/2) and (9/10, 1/10).
+    answers = {1: torch.zeros(1, 2), 2: 2 * torch.tensor([[0.75, 0.25]]).log()}
+    task = TaskSpec("classification", ("a", "b"))
+    weights = LossWeights((1, 2), loss_settings(RECIPE, {}, "test"))
+    terms = weights.terms(seen(answers, torch.tensor([0]), RECIPE, task=task))
+    # ln 2; -ln 0.9; 4 (3/4 ln 3/2 + 1/4 ln 1/2), the first taught by the second; 4 (1/2 ln 2/3 + 1/2 ln 2)
+    by_hand = [0.693147, 0.105361, 0.523248, 0.575364]
+    assert terms.tolist() == pytest.approx(by_hand, abs=1e-5)
+    # Half of a sum of 2 for the labels, half for the pairs: a weight of 1/2 each.
+    assert weights.weigh(weights.omega, terms).item() == pytest.approx(sum(by_hand) / 2, abs=1e-5)
 
 
 def test_for_values_exits_are_as_far_apart_as_the_square_of_their_difference() -> None:

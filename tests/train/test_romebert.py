@@ -103,6 +103,15 @@ def test_the_distillation_is_the_mean_over_rows_and_classes_times_gamma_and_t_sq
     torch.testing.assert_close(exits_loss(seen(answers, target, RECIPE)), expected)
 
 
+def test_two_exits_worked_out_by_hand() -> None:
+    # A third of their logits (T = 3) gives (1/2, 1/2) and, of the teacher, (3/4, 1/4).
+    answers = {1: torch.zeros(1, 2), 2: 3 * torch.tensor([[0.75, 0.25]]).log()}
+    task = TaskSpec("classification", ("a", "b"))
+    loss = exits_loss(seen(answers, torch.tensor([0]), RECIPE, task=task))
+    # 0.1 ln 2, and 0.9 * 9 times the mean over 2 classes of 3/4 ln 3/2 + 1/4 ln 1/2 = 0.130812.
+    assert loss.item() == pytest.approx(0.0693147 + 8.1 * 0.065406, abs=1e-5)
+
+
 def test_which_loss_is_the_reference_is_a_setting() -> None:
     answers, target = _answers()
     final, exits = cross_entropy(answers[3], target), exits_loss(seen(answers, target, RECIPE))

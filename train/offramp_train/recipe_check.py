@@ -71,7 +71,7 @@ def check_recipe(
         fitting = [
             r.name
             for r in RECIPES.values()
-            if learned <= set(r.teaches) and set(r.needs) <= learned
+            if task.kind in r.tasks and learned <= set(r.teaches) and set(r.needs) <= learned
         ]
         raise ConfigError(
             f"recipe {recipe.name} would leave {method.name}'s {untaught[0]!r} untrained; recipes "
@@ -91,7 +91,9 @@ def check_model(recipe: Recipe, model: MultiExitModel, settings: Mapping[str, An
         final = {id(p) for p in model.exits[str(model.n_layers)].parameters()}
         early = (p for head in _early(model) for p in head.parameters())
         if any(id(p) in final for p in early):
-            joint = [r.name for r in RECIPES.values() if len(r.stages) == 1 and _plain(r)]
+            kind = model.spec.task.kind
+            able = [r for r in RECIPES.values() if kind in r.tasks and len(r.stages) == 1]
+            joint = [r.name for r in able if _plain(r)]
             raise ConfigError(
                 f"recipe {recipe.name} freezes the final head before it trains the early exits, but "
                 f"{model.method.name}'s exits share weights with it; use one of {', '.join(joint)}"

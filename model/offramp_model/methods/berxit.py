@@ -17,7 +17,9 @@ Differs from the paper:
 6. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 7. A row with a logit that is no finite number never leaves early.
 8. Confidence is 1 - wrong, for the planner (no exit depends on it); the paper has none.
-Not verified: the paper's result tables, and that its certainty is one minus the code's number.
+Not verified: the paper's result tables, how near the last layer stays to the plain model's, and that its
+certainty is one minus the code's number. That hidden states and mask are all that must cross is our own
+derivation.
 """
 
 from __future__ import annotations

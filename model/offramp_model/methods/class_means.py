@@ -17,8 +17,9 @@ Differs from the paper:
 4. Thresholds come from calibration on held-out rows; the released code draws random ones.
 5. A sample whose distances are no numbers never leaves early. Confidence is the probability.
 6. A class without training rows gets the mean of all rows and a divisor so small that it never wins.
-Not verified: the paper's divisor (the sheet has it from memory and a summary), its numbers; it has
-none for transformers.
+Not verified: the paper's divisor (from memory and a summary by others), its numbers; it has none for
+transformers. The rule on a transformer, and that nothing but hidden states and mask must cross, are our own
+derivation.
 """
 
 from __future__ import annotations

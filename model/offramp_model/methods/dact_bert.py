@@ -24,8 +24,8 @@ Differs from the paper:
 8. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 9. Confidence is the least share that the top class can end with, a_n[c] (1 - p_n)^(g d), for regression
    (1 - p_n)^d, for the planner (no exit depends on it); the paper has none.
-Not verified: that the paper's heads and shares are one of each per layer without a pooler, its rule for
-leaving (the bound as such holds), and all its numbers.
+Not verified: its base models; that the paper's heads and shares are one of each per layer without a pooler;
+its rule for leaving (the bound as such holds); and all its numbers.
 """
 
 from __future__ import annotations

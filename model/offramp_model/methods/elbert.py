@@ -22,7 +22,8 @@ Differs from the paper:
 8. Any backbone may stand below; the paper's is ALBERT, whose layers share weights as well.
 9. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 10. Confidence is 1 - H / ln C, for the planner (no exit depends on it); the paper has none.
-Not verified: results but RTE's; the default window of 4 is ours (the code's example: 8 of 24 layers).
+Not verified: results but RTE's; the default window of 4 is ours (the code's example: 8 of 24 layers). The
+rules for more than two classes, and what must cross, are our own derivation.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ Differs from the paper:
 6. `votes = "soft"` adds up probabilities instead. Ours: the paper has votes.
 7. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 8. Confidence is the most votes as a share of all exits, for the planner (no exit depends on it).
-Not verified: the vote's formula (from memory), a good lambda, and all results; no official code is known.
+Not verified: the vote's formula (from memory), a good lambda, its base models, and all results; no official
+code is known. That the votes are all that must cross is our own derivation.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ Differs from the paper:
 1. All that pabee.py lists of the rule and the heads.
 2. The training is a reconstruction: see the recipe. No official code is known.
 3. The paper can decide by entropy too; that is `--method deebert --recipe leebert`.
-Not verified: patience as its default rule, its hyper-parameters, and all its numbers.
+Not verified: patience as its default rule, its base models, its hyper-parameters, and all its numbers. What
+crosses, as PABEE's, is our own derivation.
 """
 
 from __future__ import annotations

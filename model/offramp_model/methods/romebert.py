@@ -9,7 +9,7 @@ and conflicts between their gradients and the final exit's taken out (offramp_tr
 Differs from the paper:
 1. All that deebert.py lists of the rule and the heads.
 2. In training: see the recipe.
-Not verified: the numbers of its curves.
+Not verified: the numbers of its curves. What crosses, as DeeBERT's, is our own derivation.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ ln(t + 1) / O_j), where P_j is how often exit j disagreed with the first one and
 leaves there. No label is needed: if deeper exits are right whenever shallower ones are, P_j is what exit j
 gains in accuracy.
 
-This file is what happens within the model: leave at the depth that was chosen. The bandit lives on the
+Within the model a sample leaves at the depth that was chosen. The bandit lives on the
 device (offramp_edge.bandit); its choice travels as the request's knob, and the cloud reports what its
 exits predicted.
 
@@ -21,7 +21,7 @@ Differs from the paper:
 5. A row that is no number does not leave early, whatever was chosen.
 6. Setting `pooling = "mean"` reads the mean of all real tokens; the paper reads the first ("first").
 7. Confidence is the softmax's largest probability, for the planner (no exit depends on it).
-Not verified: that the rule stays valid with stale counts, and upload as a cost, are our sheet's own.
+Not verified: that the rule stays valid with stale counts, and upload as a cost, are our own.
 """
 
 from __future__ import annotations
