@@ -44,4 +44,6 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
 def command() -> str:
     """The command line, as one would type it; of paths that say nothing elsewhere the last part."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python", sys.argv[0], *words])
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    inside = script.is_relative_to(root)
+    return " ".join(["python", str(script.relative_to(root)) if inside else script.name, *words])

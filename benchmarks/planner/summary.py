@@ -1,9 +1,10 @@
 """The live cells in one table, and the bars they are held to.
 
-    python benchmarks/planner/summary.py [--cells DIR] [--json FILE|-] [--mean]
+    python benchmarks/planner/summary.py [--cells DIR] [--json FILE|-] [--markdown]
 
 Reads what live.py wrote. "best" is the best fixed plan of a cell: all on the device, send the input, or a
-split. A ratio above 1 is a lost cell by so much.
+split. A ratio above 1 is a lost cell by so much. --markdown: the table of docs/decisions/0009 on standard
+output.
 """
 
 from __future__ import annotations
@@ -80,15 +81,38 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def markdown(rows: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of one set of cells by median, the means' ratio in its last column."""
+    means = {(row["link"], row["load"]): row["ratio"] for row in beside}
+    lines = [
+        "| link | load | p50 ms: planner, best fixed | ratio | to the better end | p95 ms | bytes up | "
+        "ratio of means |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}"
+        lines.append(
+            f"| {row['link'].removeprefix('trace ')} | {row['load']} | {row['planner']:.0f}, "
+            f"{row['best_ms']:.0f} ({row['best']}) | {ratio if row['ratio'] <= _NEAR else f'**{ratio}**'} | "
+            f"{row['to_ends']:.2f} | {row['p95_ms']:.0f}, {row['best_p95_ms']:.0f} | "
+            f"{row['bytes_up']}, {row['best_bytes_up']} | {means[row['link'], row['load']]:.2f} |"
+        )
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).parents[1] / "results" / "planner"
     parser.add_argument("--cells", type=Path, default=default)
     parser.add_argument("--json", metavar="FILE", help="- for standard output")
+    parser.add_argument("--markdown", action="store_true", help="tables of all sets of cells")
     args = parser.parse_args()
     out = tables([json.loads(file.read_text()) for file in sorted(args.cells.glob("*.json"))])
     if args.json:
         write_json(out, args.json)
+    for name, group in out["p50_ms"].items() if args.markdown else ():
+        table = markdown(group["cells"], out["mean_ms"][name]["cells"])
+        print("\n".join([f"\n{name}\n", *table]))
     return 0
 
 

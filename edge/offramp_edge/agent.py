@@ -238,6 +238,7 @@ class Agent:
             exit_classes=passed.exit_classes,
             hedge=flight.hedge,
             spooled=flight.spooled,
+            codec=flight.codec,
         )
 
     def _final(self, flight: Flight, ending: Ending) -> Answer:

@@ -67,6 +67,7 @@ class Answer:
                  "fallback": the device answered because the cloud did not
     reason       why it is a fallback (a key of REASONS), else empty
     split        the depth at which it was sent to the cloud; the model's where it was not
+    codec        of its hidden states, where the cloud answered and these were sent
     complete     what the whole model says: False for a provisional answer, and for a fallback that had no
                  time for all layers (or was not to run them)
     hedge        who was first where both had it, the device running on while the cloud was late: "cloud" or
@@ -98,6 +99,7 @@ class Answer:
     exit_classes: tuple[int, ...] = ()
     hedge: str = ""
     spooled: bool = False
+    codec: str = ""
 
     @property
     def provisional(self) -> bool:
@@ -108,7 +110,7 @@ class Answer:
         """Plain data; `logits` only where they were asked for. JSON has no NaN and no infinity:
         they become None."""
         value = asdict(self)
-        for name in ("exit_classes", "hedge", "spooled"):
+        for name in ("exit_classes", "hedge", "spooled", "codec"):
             if not value[name]:
                 del value[name]
         if self.provisional:

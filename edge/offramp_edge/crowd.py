@@ -35,6 +35,8 @@ class Crowd:
     def tenths(self) -> int:
         """The share of its time that the device is at work, in whole tenths below one."""
         waiting = self._waiting
+        if not waiting:
+            return 0
         busy = (math.sqrt(waiting * waiting + 4 * waiting) - waiting) / 2
         return min(_MOST, round(10 * busy))
 

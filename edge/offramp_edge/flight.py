@@ -35,7 +35,7 @@ class Flight:
     until_s      the clock by which it is answered; infinity without a deadline
     off_device   set when the device has room for the next
     sent         the depth at which it was sent to the cloud; None where it was not
-    hedge, spooled   as in Answer
+    hedge, spooled, codec   as in Answer
     rank         in the device's turn
     trace        its spans, where somebody wants them
     """
@@ -51,6 +51,7 @@ class Flight:
     sent: int | None = None
     hedge: str = ""
     spooled: bool = False
+    codec: str = ""
     rank: int = SAMPLE
     trace: Trace | None = None
 
@@ -86,5 +87,6 @@ class Flight:
         )
         self.bytes_up += done.bytes_up
         self.bytes_down = done.bytes_down
+        self.codec = done.codec
         if self.trace is not None:
             self.trace.answered(done.encode_ms)

@@ -24,6 +24,7 @@ _MOVED_MS = 0.1  # smaller changes never are
 _MANY_BYTES = 1e5
 _MOST_KEPT = 4096  # solutions
 _TOKENS = 4  # lengths are told apart in steps of so many
+_SURELY = 1 + 1e-9  # beyond rounding
 _PER_OCTAVE = 4  # queues and deadlines are told apart in steps of a quarter of an octave
 
 
@@ -102,8 +103,13 @@ class AutoPlanner:
         self._n = menu.n_layers
         self.crowd = Crowd()
         self._believed: _Believed | None = None
+        self._seen: tuple[float, ...] = ()  # the estimates when they were last looked at
         self._layer_ms: tuple[float, ...] = ()
         self._kept: dict[tuple[int, ...], list[Stage]] = {}
+        self._home: dict[
+            int, int
+        ] = {}  # by length: the depth from which sending is out of the question
+        self._next_exit = [min(e for e in self.solver.exits if e > d) for d in range(self._n)]
         self.solved = self.asked = 0
         self.usual_tokens = 16.0  # of a sample, a moving average
 
@@ -113,7 +119,10 @@ class AutoPlanner:
             self.usual_tokens += 0.05 * (standing.n_tokens - self.usual_tokens)
             self.crowd.came(standing.waiting)
         self.on_asked()
-        stages = self.stages(standing)
+        self._look()
+        if self._stays(standing):
+            return Choice(self._next_exit[standing.depth])
+        stages = self._stages(standing)
         outlook = self.solver.outlooks[self.solver.place[standing.depth]]
         bin_ = outlook.bin_of(standing.confidence)
         for stage in stages:
@@ -134,6 +143,42 @@ class AutoPlanner:
     def stages(self, standing: Standing) -> list[Stage]:
         """What was found for a sample that stands there, from its depth on."""
         self._look()
+        return self._stages(standing)
+
+    def _stays(self, standing: Standing) -> bool:
+        """Whether no solution would send it any more, seen without solving: from here on the way to the cloud
+        and one layer there take longer than all layers that are left, and for these there is time. Only for
+        those who hold up nobody."""
+        if not self._blind and (standing.waiting or self.crowd.tenths()):
+            return False
+        tokens = -(-standing.n_tokens // _TOKENS) * _TOKENS
+        home = self._home.get(tokens)
+        if home is None:
+            home = self._home[tokens] = self._home_from(tokens)
+        if standing.reachable and standing.depth < home:
+            return False
+        return standing.left_ms == math.inf or self._here_ms(standing) <= standing.left_ms
+
+    def _home_from(self, n_tokens: int) -> int:
+        believed, o = self._believed, self.objective
+        assert believed is not None
+        local_ms, tokens = 0.0, max(n_tokens, FEWEST_TOKENS)
+        away_ms = believed.rtt_ms + believed.cloud_queue_ms + o.cloud
+        options = self.menu.at(n_tokens)
+        for depth in range(self._n - 1, -1, -1):
+            local_ms += self._layer_ms[depth] * tokens * (1 + o.energy * o.device_watts)
+            for option in options[depth]:
+                sent_ms = option.encode_ms + option.nbytes * believed.ms_per_byte + away_ms
+                sent_ms += believed.cloud_token_ms * max(option.tokens, FEWEST_TOKENS)
+                if sent_ms < local_ms * _SURELY:
+                    return depth + 1
+        return 0
+
+    def _here_ms(self, standing: Standing) -> float:
+        """All layers that are left, on the device."""
+        return sum(self._layer_ms[standing.depth :]) * max(standing.n_tokens, FEWEST_TOKENS)
+
+    def _stages(self, standing: Standing) -> list[Stage]:
         key = self._key(standing)
         stages = self._kept.get(key)
         if stages is None:
@@ -194,36 +239,33 @@ class AutoPlanner:
 
     def _longest_ms(self, standing: Standing, stages: list[Stage]) -> float:
         """What a sample may take in the worst case: all layers here, or sent as the stages say."""
-        first, bins = stages[0], len(stages[0].send)
+        bins = len(stages[0].send)
         sent_ms = max(
             (s.send[b] for s in stages for b in range(min(bins, len(s.send))) if s.sends(b)),
             default=0.0,
         )
         assert self._believed is not None
         risky = 1 + 2 * self._believed.spread
-        tokens = max(standing.n_tokens, FEWEST_TOKENS)
-        return sum(self._layer_ms[first.depth :]) * tokens + sent_ms * risky
+        return self._here_ms(standing) + sent_ms * risky
 
     def _look(self) -> None:
         """Forget what was found once an estimate has moved."""
         rtt_ms, ms_per_byte = self.world.link.costs()
         device, cloud = self.world.device(), self.world.cloud
         device_ms = device.ms(0, self._n, FEWEST_TOKENS)
-        believed = _Believed(
-            rtt_ms,
-            ms_per_byte,
-            self.world.link.spread,
-            cloud.queue_ms,
-            cloud.layer_ms(1, device_ms / self._n) / FEWEST_TOKENS,
-            device_ms,
-        )
+        cloud_token_ms = cloud.layer_ms(1, device_ms / self._n) / FEWEST_TOKENS
+        spread, queue_ms = self.world.link.spread, cloud.queue_ms
+        seen = (rtt_ms, ms_per_byte, spread, queue_ms, cloud_token_ms, device_ms)
+        if seen == self._seen:
+            return
+        self._seen, believed = seen, _Believed(*seen)
         if self._believed is not None and believed.near(self._believed):
             return
         self._believed = believed
         self._layer_ms = tuple(
             device.ms(depth, depth + 1, FEWEST_TOKENS) / FEWEST_TOKENS for depth in range(self._n)
         )
-        self._kept = {}
+        self._kept, self._home = {}, {}
 
 
 def _near(one: float, other: float) -> bool:

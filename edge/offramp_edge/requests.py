@@ -55,8 +55,7 @@ class Requests:
         limits, depth = agreed.limits, acts.depth
         if acts.n_tokens > limits.max_tokens:
             raise BeyondLimits(f"{acts.n_tokens} tokens, the cloud takes {limits.max_tokens}")
-        named = codec if codec in agreed.codecs else agreed.codec
-        frame = encode_frame(acts, self.cuts[depth], named, self._fitted)
+        frame = encode_frame(acts, self.cuts[depth], used(codec, agreed), self._fitted)
         if len(frame) > limits.max_frame_bytes:
             raise BeyondLimits(f"a frame of {len(frame)} bytes, at most {limits.max_frame_bytes}")
         self._made += 1
@@ -68,6 +67,11 @@ class Requests:
             knobs=agreed.knobs_at(depth) if knobs is None else knobs,
             traceparent=traceparent,
         )
+
+
+def used(codec: str, agreed: Agreed) -> str:
+    """The codec by which hidden states are sent where `codec` is wished for."""
+    return codec if codec in agreed.codecs else agreed.codec
 
 
 def blank(cut: CutSpec, n_tokens: int) -> Activations[NumpyArray]:

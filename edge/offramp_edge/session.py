@@ -26,7 +26,7 @@ from offramp_edge.greetings import Greetings
 from offramp_edge.handshake import Agreed, agree, check_completion
 from offramp_edge.link import Link, Transfer
 from offramp_edge.not_answered import NotAnswered, reason_of
-from offramp_edge.requests import BeyondLimits, Requests, blank, nbytes_of
+from offramp_edge.requests import BeyondLimits, Requests, blank, nbytes_of, used
 from offramp_edge.settings import EdgeSettings, Plan
 
 log = logging.getLogger("offramp.edge")
@@ -43,13 +43,15 @@ _PROBE_TOKENS = (16, 1)  # of samples without content, in turns: they tell rate 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Finished:
-    """What the cloud made of one sample, and what it cost. Bytes are those of the messages."""
+    """What the cloud made of one sample, and what it cost. Bytes are those of the messages; `codec` is of
+    hidden states, empty for token ids."""
 
     completion: Completion
     encode_ms: float
     network_ms: float
     bytes_up: int
     bytes_down: int
+    codec: str
 
 
 @runtime_checkable
@@ -160,6 +162,7 @@ class CloudSession:
             network_ms=network_ms + waited_ms,
             bytes_up=done.bytes_up or len(work.frame),
             bytes_down=done.bytes_down,
+            codec=used(codec, self._agreed) if acts.depth else "",
         )
 
     def probe(self) -> None:

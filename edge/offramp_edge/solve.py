@@ -9,6 +9,7 @@ for energy and cloud work. Pure arithmetic on numbers and tuples, a few hundred 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
@@ -64,10 +65,11 @@ class Problem:
     busy: float = 0.0
     arrivals: float = 0.0
 
-    def delayed(self, rest_ms: float) -> float:
-        """How many others a millisecond of the device delays while `rest_ms` of this sample are left: those
-        who wait, those who will come meanwhile, and who comes behind them before the device is free again."""
-        return (self.waiting + self.arrivals * rest_ms) / (1 - self.busy)
+    def delayed(self, rest_ms: Sequence[float]) -> list[float]:
+        """How many others a millisecond of the device delays while so many of this sample are left: those who
+        wait, those who will come meanwhile, and who comes behind them before the device is free again."""
+        waiting, arrivals, free = self.waiting, self.arrivals, 1 - self.busy
+        return [(waiting + arrivals * rest) / free for rest in rest_ms]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,59 +103,63 @@ class Solver:
         depths = [outlook.depth for outlook in forecast.outlooks]
         self.place = [sum(d <= depth for d in depths) - 1 for depth in range(self._n)]
         self.outlooks = forecast.outlooks
-        self._stay = [tuple(1 - p for p in outlook.leave) for outlook in forecast.outlooks]
+        self._onward = [self._behind_exit(depth) for depth in range(self._n)]
         self._left = self._layers_left(forecast)
 
     def solve(self, problem: Problem) -> list[Stage]:
         """The stages from the problem's depth on; the first says what to do now."""
         stages: list[Stage] = []
         elapsed_ms = sum(problem.layer_ms[problem.depth :])
-        behind: tuple[float, ...] = ()
-        work: tuple[float, ...] = ()  # milliseconds of the device that are to be expected behind
+        behind: Sequence[float] = ()
+        # Milliseconds of the device that are to be expected behind: they count where others will come.
+        work: Sequence[float] = ()
+        crowded = problem.arrivals > 0
         for depth in range(self._n - 1, problem.depth - 1, -1):
             arrives_ms, ms = elapsed_ms, problem.layer_ms[depth]
             elapsed_ms -= ms
-            behind, work = self._ahead(depth, behind), self._ahead(depth, work)
-            go = self._go(problem, depth, arrives_ms, behind, work)
+            behind = self._ahead(depth, behind)
+            if crowded:
+                work = self._ahead(depth, work)
+            go = self._go(problem, depth, arrives_ms, behind, work if crowded else None)
             send, option = self._send(problem, depth, max(elapsed_ms, 0.0))
             stages.append(Stage(depth, send, go, option))
-            behind = tuple(map(min, send, go))
-            work = tuple(
-                0.0 if sent < gone else ms + rest
-                for sent, gone, rest in zip(send, go, work, strict=True)
-            )
+            behind = list(map(min, send, go))
+            if crowded:
+                work = [
+                    0.0 if sent < gone else ms + rest
+                    for sent, gone, rest in zip(send, go, work, strict=True)
+                ]
         stages.reverse()
         return stages
 
-    def _ahead(self, depth: int, behind: tuple[float, ...]) -> tuple[float, ...]:
+    def _ahead(self, depth: int, behind: Sequence[float]) -> Sequence[float]:
         """What is to be expected behind the next layer, for each bin here: nothing for those who leave."""
-        place = self.place[depth]
         if depth + 1 == self._n:
-            return (0.0,) * len(self._stay[place])
-        if depth + 1 not in self.exits:
+            return (0.0,) * len(self._left[depth])
+        onward = self._onward[depth]
+        if onward is None:
             return behind
-        return tuple(
-            stay * sum(map(mul, shares, behind))
-            for stay, shares in zip(self._stay[place], self.outlooks[place].next, strict=True)
-        )
+        return [stay * sum(map(mul, shares, behind)) for stay, shares in onward]
 
     def _go(
         self,
         problem: Problem,
         depth: int,
         arrives_ms: float,
-        behind: tuple[float, ...],
-        work: tuple[float, ...],
+        behind: Sequence[float],
+        work: Sequence[float] | None,
     ) -> tuple[float, ...]:
-        """Run the next layer, leave if one may, else do the best behind it."""
+        """Run the next layer, leave if one may, else do the best behind it. Without `work` nobody will come
+        meanwhile."""
         o, ms = self.objective, problem.layer_ms[depth]
         step = ms * (1 + o.energy * o.device_watts)
         if arrives_ms > problem.left_ms >= arrives_ms - ms:
             step += MISSED
-        return tuple(
-            step + ms * problem.delayed(ms / 2 + rest) + cost
-            for rest, cost in zip(work, behind, strict=True)
-        )
+        if work is None:
+            step += ms * problem.waiting / (1 - problem.busy)
+            return tuple([step + cost for cost in behind])
+        delayed = problem.delayed([ms / 2 + rest for rest in work])
+        return tuple([step + ms * many + cost for many, cost in zip(delayed, behind, strict=True)])
 
     def _send(
         self, problem: Problem, depth: int, elapsed_ms: float
@@ -163,7 +169,7 @@ class Solver:
         options = problem.options[depth]
         if not options:
             return (float("inf"),) * len(left), (None,) * len(left)
-        o, delayed = self.objective, problem.delayed(0.0)
+        o, delayed = self.objective, problem.waiting / (1 - problem.busy)
         queue_ms = max(0.0, problem.queue_ms - elapsed_ms)
         fixed_ms = problem.rtt_ms + queue_ms + problem.cloud_queue_ms
         priced = []
@@ -176,20 +182,29 @@ class Solver:
             )
             layer_ms = problem.cloud_token_ms * max(option.tokens, FEWEST_TOKENS)
             priced.append((own_ms, beside, layer_ms, option))
-        risky = 1 + 2 * problem.spread
+        # A reply must come by the deadline though the link be worse than it is said to be.
+        risky, left_ms, weight = 1 + 2 * problem.spread, problem.left_ms, o.cloud
         costs, best = [], []
         for layers in left:
             chosen, lowest = None, float("inf")
             for own_ms, beside, layer_ms, option in priced:
                 ms = own_ms + layers * layer_ms
-                cost = ms + beside + o.cloud * layers
-                if elapsed_ms + ms * risky > problem.left_ms:
+                cost = ms + beside + weight * layers
+                if elapsed_ms + ms * risky > left_ms:
                     cost += MISSED
                 if cost < lowest:
                     chosen, lowest = option, cost
             costs.append(lowest)
             best.append(chosen)
         return tuple(costs), tuple(best)
+
+    def _behind_exit(self, depth: int) -> list[tuple[float, tuple[float, ...]]] | None:
+        """Where an exit stands behind the next layer: for each bin here, the chance to stay and the shares of
+        the bins fallen into there."""
+        if depth + 1 == self._n or depth + 1 not in self.exits:
+            return None
+        outlook = self.outlooks[self.place[depth]]
+        return [(1 - p, shares) for p, shares in zip(outlook.leave, outlook.next, strict=True)]
 
     def left_at(self, depth: int) -> tuple[float, ...]:
         """For each bin the layers expected to run in the cloud, if sent at `depth`."""

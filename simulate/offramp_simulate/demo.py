@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ _DEVICE_START_S = 60.0
 _ANSWER_S = 60.0
 _WARM_UP = 3
 DEVICE = "demo-device"
+FALLBACK = "fallback: "  # how such a choice begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,20 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """One way to answer: where the model is cut, and whether samples may leave early."""
+    """One way to answer: where the model is cut (None: the planner decides for each sample), and whether
+    samples may leave early."""
 
     key: str
     title: str
-    split: int
+    split: int | None
     exits: bool
 
     def arguments(self) -> list[str]:
-        return ["--split", str(self.split), *([] if self.exits else ["--no-exits"])]
+        cut = ["--plan", "auto"] if self.split is None else ["--split", str(self.split)]
+        return [*cut, *([] if self.exits else ["--no-exits"])]
 
     def needs_cloud(self, n_layers: int) -> bool:
-        return self.split < n_layers
+        return self.split is None or self.split < n_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,8 @@ def strategies(bundle: Bundle, split: int | None = None) -> list[Strategy]:
     n = bundle.n_layers
     split = bundle.manifest.split if split is None else split
     return [
-        Strategy("offramp", f"offramp: exits, split {split}", split, True),
+        Strategy("offramp", "offramp: exits, the planner", None, True),
+        Strategy("cut", f"exits, always split {split}", split, True),
         Strategy("device", "all on the device, exits", n, True),
         Strategy("input", "send the input, cloud runs all", 0, True),
         Strategy("split", f"split {split} without exits", split, False),
@@ -90,9 +95,9 @@ def strategies(bundle: Bundle, split: int | None = None) -> list[Strategy]:
 
 
 @asynccontextmanager
-async def cloud_and_link(settings: Settings) -> AsyncIterator[tuple[Child, Path, Record]]:
-    """Start the cloud tier and the link in front of it; yields the link, the folder of the certificates
-    (the device's is called DEVICE) and the cloud's own words. Both are ended however the block ends."""
+async def cloud_tier(settings: Settings) -> AsyncIterator[tuple[Path, Record]]:
+    """Start the cloud; yields the folder of the certificates (the device's is called DEVICE) and the cloud's
+    own words. It is ended however the block ends."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offramp-demo-")))
         certs.init(folder)
@@ -103,19 +108,19 @@ async def cloud_and_link(settings: Settings) -> AsyncIterator[tuple[Child, Path,
             *("--tls-dir", str(folder), *(["--local"] if settings.local else [])),
         )
         stack.push_async_callback(cloud.stop)
-        ready = await cloud.read(_CLOUD_START_S)
-        link = await Child.start(
-            "link",
-            "link",
-            "--to",
-            ready["listening"],
-            "--profile",
-            settings.link,
-            "--control-stdin",
-        )
-        stack.push_async_callback(link.stop)
-        listening = await link.read(_DEVICE_START_S)
-        yield link, folder, {**ready, "link": listening["listening"]}
+        yield folder, await cloud.read(_CLOUD_START_S)
+
+
+@asynccontextmanager
+async def link_to(address: str, settings: Settings) -> AsyncIterator[tuple[Child, str]]:
+    """A link at the beginning of its course, and where it listens."""
+    link = await Child.start(
+        "link", *("link", "--to", address, "--profile", settings.link, "--control-stdin")
+    )
+    try:
+        yield link, (await link.read(_DEVICE_START_S))["listening"]
+    finally:
+        await link.stop()
 
 
 async def run_strategy(
@@ -123,38 +128,57 @@ async def run_strategy(
     sentences: Sequence[Sentence],
     settings: Settings,
     bundle: Bundle,
-    cloud: tuple[Child, Path, Record],
+    cloud: tuple[Path, Record],
     on_answer: Callable[[Sentence, Record], None],
 ) -> Outcome:
-    """Answer every sentence, one at a time, by a device worker in a process of its own."""
-    link, folder, ready = cloud
+    """Answer every sentence, one at a time, by a device worker in a process of its own, over a link of its
+    own: of one that wanders or flaps each strategy sees the same course."""
+    folder, ready = cloud
+    async with link_to(ready["listening"], settings) as (link, address):
+        device = await Child.start(
+            "device", *_device_arguments(strategy, settings, bundle, folder, address)
+        )
+        try:
+            return await _answered(strategy, sentences, settings, device, link, on_answer)
+        finally:
+            await device.stop()
+
+
+def _device_arguments(
+    strategy: Strategy, settings: Settings, bundle: Bundle, folder: Path, address: str
+) -> list[str]:
     arguments = ["edge", "run", "--bundle", str(settings.bundle), "--input", "-", "--output", "-"]
     arguments += [*strategy.arguments(), *settings.extra]
     if strategy.needs_cloud(bundle.n_layers):
         pair = certs.pair_of(folder, DEVICE)
-        arguments += ["--cloud", ready["link"], "--ca", str(certs.pair_of(folder, "ca").cert)]
+        arguments += ["--cloud", address, "--ca", str(certs.pair_of(folder, "ca").cert)]
         arguments += ["--cert", str(pair.cert), "--key", str(pair.key)]
-    device = await Child.start("device", *arguments)
+    return arguments
+
+
+async def _answered(
+    strategy: Strategy,
+    sentences: Sequence[Sentence],
+    settings: Settings,
+    device: Child,
+    link: Child,
+    on_answer: Callable[[Sentence, Record], None],
+) -> Outcome:
     outcome = Outcome(strategy)
-    try:
-        # Loading, the handshake and first runs are start-up, not latency.
-        for sentence in sentences[:_WARM_UP]:
-            await _answer(device, sentence, _DEVICE_START_S)
-        before = await link.ask("stats")
-        for number, sentence in enumerate(sentences, start=1):
-            if strategy.key == "offramp" and settings.cut_link_at is not None:
-                if number == settings.cut_link_at:
-                    await link.ask("cut silent")
-                elif number == settings.cut_link_at + settings.restore_after:
-                    await link.ask("restore")
-            record = await _answer(device, sentence, _ANSWER_S)
-            outcome.records.append(record)
-            on_answer(sentence, record)
-        after = await link.ask("stats")
-    finally:
-        await device.stop()
-        if settings.cut_link_at is not None:
-            await link.ask("restore")
+    # Loading, the handshake and first runs are start-up, not latency.
+    for sentence in sentences[:_WARM_UP]:
+        await _answer(device, sentence, _DEVICE_START_S)
+    before = await link.ask("stats")
+    for number, sentence in enumerate(sentences, start=1):
+        if strategy.key == "offramp" and settings.cut_link_at is not None:
+            if number == settings.cut_link_at:
+                await link.ask("cut silent")
+            elif number == settings.cut_link_at + settings.restore_after:
+                await link.ask("restore")
+        record = await _answer(device, sentence, _ANSWER_S)
+        outcome.records.append(record)
+        on_answer(sentence, record)
+    after = await link.ask("stats")
     for name in ("bytes_up", "bytes_down"):
         headers = after[f"header_{name}"] - before[f"header_{name}"]
         setattr(outcome, f"link_{name}", after[name] - before[name] + headers)
@@ -171,18 +195,20 @@ def summarise(outcomes: Sequence[Outcome]) -> list[Record]:
     """The table's rows: one a strategy, every number measured in this run."""
     full = next(outcome for outcome in outcomes if outcome.strategy.key == "full")
     reference = {record["id"]: record["label"] for record in full.records}
-    return [_row(outcome, reference) for outcome in outcomes]
+    n_layers = full.strategy.split
+    assert n_layers is not None
+    return [_row(outcome, reference, n_layers) for outcome in outcomes]
 
 
-def _row(outcome: Outcome, reference: dict[str, str]) -> Record:
-    records, n, split = outcome.records, len(outcome.records), outcome.strategy.split
+def _row(outcome: Outcome, reference: dict[str, str], n_layers: int) -> Record:
+    records, n = outcome.records, len(outcome.records)
     ms = sorted(record["ms"] for record in records)
 
     def share(count: int) -> float:
         return count / n
 
     def layers_in_cloud(record: Record) -> int:
-        return int(record["exit_depth"] - split) if record["where"] == "cloud" else 0
+        return int(record["exit_depth"] - record["split"]) if record["where"] == "cloud" else 0
 
     cloud_layers = [layers_in_cloud(record) for record in records]
     depths = [int(record["exit_depth"]) for record in records]
@@ -201,7 +227,22 @@ def _row(outcome: Outcome, reference: dict[str, str]) -> Record:
         "device_layers": (sum(depths) - sum(cloud_layers)) / n,
         "cloud_layers": sum(cloud_layers) / n,
         "exit_depths": {str(d): depths.count(d) for d in sorted(set(depths))},
+        "choices": dict(Counter(choice(record, n_layers) for record in records).most_common()),
     }
+
+
+def choice(record: Record, n_layers: int) -> str:
+    """What became of a sample, in words: where it left or by what it was sent, or why it fell back."""
+    depth, split = record["exit_depth"], record["split"]
+    if record["where"] == "fallback":
+        return f"{FALLBACK}{record['reason']}"
+    if record.get("hedge") == "device":
+        return "sent, but the device was first"
+    if record["where"] == "device":
+        return "all layers here" if depth == n_layers else f"left at exit {depth}"
+    if split == 0:
+        return "sent the input"
+    return f"sent after layer {split} as {record['codec']}"
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

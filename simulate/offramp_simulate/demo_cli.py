@@ -34,7 +34,12 @@ def add_command(subparsers: Any) -> None:
 
 
 def _add_options(add: Callable[..., Any]) -> None:
-    add("--link", metavar="PROFILE", default="lte", help="profile of `offramp link` (default: lte)")
+    add(
+        "--link",
+        metavar="PROFILE",
+        default="lte",
+        help="profile of `offramp link`, such as lossy, flaky or train-3g (default: lte)",
+    )
     add("--bundle", type=Path, help="bundle to run (default: the shipped assistant-intents)")
     add(
         "--data",
@@ -49,7 +54,7 @@ def _add_options(add: Callable[..., Any]) -> None:
         "--split",
         type=int,
         metavar="K",
-        help="the device runs layers [0, K) (default: the bundle's)",
+        help="of the rivals that always cut there: the device runs layers [0, K) (default: the bundle's)",
     )
     add("--deadline-ms", type=float, metavar="N", help="answer each sentence within N ms")
     add("--cut-link-at", type=int, metavar="N", help="the link dies before sentence N, for a while")
@@ -107,7 +112,7 @@ async def _all(
     outcomes = []
     with View(len(sentences), plan) as view:
         view.starting("the cloud tier" + (" (no Ray)" if settings.local else " (Ray Serve, TLS)"))
-        async with demo.cloud_and_link(settings) as cloud:
+        async with demo.cloud_tier(settings) as cloud:
             for strategy in plan:
                 view.begin(strategy)
                 outcomes.append(
@@ -126,9 +131,13 @@ def _check(
 ) -> None:
     """Raises ConfigError for what would fail later, before anything is started."""
     from offramp_simulate.links import PROFILES
+    from offramp_simulate.rough_links import ROUGH_LINKS
 
-    if args.link not in PROFILES:
-        raise ConfigError(f"--link {args.link}: no such profile; there are {', '.join(PROFILES)}")
+    known_links = (*PROFILES, *ROUGH_LINKS)
+    if args.link not in known_links:
+        raise ConfigError(
+            f"--link {args.link}: no such profile; there are {', '.join(known_links)}"
+        )
     if args.report and not args.report.parent.is_dir():
         raise ConfigError(f"--report {args.report}: no directory {args.report.parent}")
     if args.split is not None and not 1 <= args.split < bundle.n_layers:

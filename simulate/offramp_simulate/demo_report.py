@@ -7,16 +7,16 @@ from html import escape
 from typing import Any
 
 from offramp_simulate import svg
-from offramp_simulate.demo_view import COLUMNS, cells
+from offramp_simulate.demo_view import COLUMNS, cells, fell_back
 
 Record = dict[str, Any]
 
 _STYLE = """
 :root { --text: #1c2330; --soft: #5b6575; --back: #ffffff; --panel: #f4f6f9; --grid: #d9dee6;
-  --k0: #1565c0; --k1: #2e8b57; --k2: #d9822b; --k3: #8e5bb5; --k4: #7a8594; }
+  --k0: #1565c0; --k1: #2e8b57; --k2: #d9822b; --k3: #8e5bb5; --k4: #7a8594; --k5: #b0436a; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6eaf0; --soft: #a3adba; --back: #14181f;
   --panel: #1d232c; --grid: #343d4a;
-  --k0: #64a8f0; --k1: #5fc58c; --k2: #f0a75c; --k3: #bd90e0; --k4: #98a4b3; } }
+  --k0: #64a8f0; --k1: #5fc58c; --k2: #f0a75c; --k3: #bd90e0; --k4: #98a4b3; --k5: #e88fb0; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
   max-width: 1080px; margin: 2rem auto; padding: 0 1.2rem; }
@@ -37,9 +37,9 @@ svg { width: 100%; height: auto; } svg text { fill: var(--text); font-size: 12px
 .middle { text-anchor: middle; } .end { text-anchor: end; } .grid { stroke: var(--grid); }
 .line { fill: none; stroke-width: 2.2; }
 .line.c0 { stroke: var(--k0); } .line.c1 { stroke: var(--k1); } .line.c2 { stroke: var(--k2); }
-.line.c3 { stroke: var(--k3); } .line.c4 { stroke: var(--k4); }
+.line.c3 { stroke: var(--k3); } .line.c4 { stroke: var(--k4); } .line.c5 { stroke: var(--k5); }
 .bar.c0 { fill: var(--k0); } .bar.c1 { fill: var(--k1); } .bar.c2 { fill: var(--k2); }
-.bar.c3 { fill: var(--k3); } .bar.c4 { fill: var(--k4); }
+.bar.c3 { fill: var(--k3); } .bar.c4 { fill: var(--k4); } .bar.c5 { fill: var(--k5); }
 """
 
 
@@ -56,7 +56,7 @@ def render(result: Record) -> str:
         f'<p class="soft">{result["sentences"]} sentences of {escape(result["source"])}, one at a time; '
         f"{escape(result['hardware'])}; {escape(result['finished'])}. Device, link and cloud shared this "
         "machine: read ratios rather than absolutes.</p>"
-        f"{_table(rows)}{_notes(rows)}<h2>Plots</h2><div class='plots'>{figures}</div>"
+        f"{_table(rows)}{_notes(rows)}{_choices(rows)}<h2>Plots</h2><div class='plots'>{figures}</div>"
         f"{_kinds(records['offramp'])}{_answers(records['offramp'])}</body></html>\n"
     )
 
@@ -113,14 +113,25 @@ def _table(rows: list[Record]) -> str:
 
 
 def _notes(rows: list[Record]) -> str:
-    fallback = max(row["fallback"] for row in rows)
     notes = (
         "<p class='soft'>accuracy: against the given labels. agree: with the full model. bytes up: a "
         "sentence, on the link. layers: run a sentence, on the device and in the cloud."
     )
-    if fallback:
-        notes += f" {fallback:.1%} were answered by the device because the cloud could not."
+    notes += "".join(f"<br>{escape(line)}" for line in fell_back(rows))
     return notes + "</p>"
+
+
+def _choices(rows: list[Record]) -> str:
+    """What the planner did with the samples."""
+    ours = next(row for row in rows if row["strategy"] == "offramp")
+    body = "".join(
+        f"<tr><td>{escape(name)}</td><td>{count}</td><td>{count / ours['n']:.1%}</td></tr>"
+        for name, count in ours["choices"].items()
+    )
+    return (
+        "<h2>What the planner chose</h2><table><thead><tr><th></th><th>sentences</th><th>share</th></tr>"
+        f"</thead><tbody>{body}</tbody></table>"
+    )
 
 
 def _figure(title: str, picture: str, caption: str, key: str = "") -> str:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from offramp_simulate.demo import Record, Sentence, Strategy
+from offramp_simulate.demo import FALLBACK, Record, Sentence, Strategy
 
 _SHOWN = 14
 _LOG_COLUMNS = 132  # a file has no width to fit
@@ -86,11 +86,8 @@ class View:
             table.add_row(row["title"], *cells(row))
         self._console.print()
         self._console.print(table, soft_wrap=True)
-        if any(row["fallback"] for row in rows):
-            share = max(row["fallback"] for row in rows)
-            self._console.print(
-                f"{share:.1%} were answered by the device because the cloud could not."
-            )
+        for line in (*chosen(rows), *fell_back(rows)):
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _say(self, text: str) -> None:
         self._status = text
@@ -122,6 +119,29 @@ def _line(sentence: Sentence, record: dict[str, Any]) -> Text:
     if record.get("reason"):
         line.append(f"  {record['reason'][:60]}", style="yellow")
     return line
+
+
+def fell_back(rows: Sequence[Record]) -> list[str]:
+    """Of each strategy that had to: how many the device answered because the cloud could not, and why."""
+    lines = []
+    for row in rows:
+        whys = [
+            f"{name.removeprefix(FALLBACK)} {count}"
+            for name, count in row["choices"].items()
+            if name.startswith(FALLBACK)
+        ]
+        if whys:
+            lines.append(f"{row['title']}: the cloud could not answer {', '.join(whys)}")
+    return lines
+
+
+def chosen(rows: Sequence[Record]) -> list[str]:
+    """What the planner chose, a line a choice, the commonest first."""
+    ours = next(row for row in rows if row["strategy"] == "offramp")
+    return [
+        "the planner chose",
+        *(f"  {count:5d}  {name}" for name, count in ours["choices"].items()),
+    ]
 
 
 COLUMNS = (

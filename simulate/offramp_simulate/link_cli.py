@@ -19,7 +19,7 @@ from pathlib import Path
 from offramp_common.errors import ConfigError
 from offramp_simulate.faults import FAULT_HELP, Fault, load_faults, parse_fault
 from offramp_simulate.link_control import COMMAND_HELP, SteeredLink, print_line, take_commands
-from offramp_simulate.link_shape import add_shape, describe, profile_of
+from offramp_simulate.link_shape import add_shape, describe, own_faults, profile_of
 from offramp_simulate.links import LinkProfile
 
 _EPILOG = f"""\
@@ -108,6 +108,7 @@ def run_link(args: argparse.Namespace) -> int:
 
     profile = profile_of(args)
     faults = [*map(parse_fault, args.fault), *(load_faults(args.faults) if args.faults else ())]
+    faults += own_faults(args)
     if args.stats and args.stats != "-":
         _write(args.stats, "")  # now, rather than after an hour's measurement
     keep_time()

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from offramp_common.errors import ConfigError
+from offramp_simulate.faults import Fault
 from offramp_simulate.links import DEFAULT_PROFILE, PROFILES, LinkProfile
 from offramp_simulate.loss import GilbertElliott
+from offramp_simulate.rough_links import ROUGH_LINKS
 from offramp_simulate.traces import RateTrace, load_trace
 
 
@@ -22,9 +24,9 @@ def _add_course(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--profile",
-        choices=list(PROFILES),
+        choices=[*PROFILES, *ROUGH_LINKS],
         default=DEFAULT_PROFILE,
-        help="a class of link (round figures; default: %(default)s)",
+        help="a class of link (round figures; default: %(default)s), or one that loses, flaps or wanders",
     )
     which.add_argument(
         "--trace",
@@ -77,6 +79,13 @@ def profile_of(args: argparse.Namespace) -> LinkProfile:
     return replace(_plain_profile(args), **given)
 
 
+def own_faults(args: argparse.Namespace) -> tuple[Fault, ...]:
+    """What a link of the profile suffers by itself."""
+    given = args.trace is not None or args.markov
+    rough = None if given else ROUGH_LINKS.get(args.profile)
+    return () if rough is None else rough().faults
+
+
 def _plain_profile(args: argparse.Namespace) -> LinkProfile:
     factors = {
         name: getattr(args, name)
@@ -91,6 +100,8 @@ def _plain_profile(args: argparse.Namespace) -> LinkProfile:
         trace = _markov(args.markov, args.seed)
     elif factors:
         raise ConfigError("--uplink-factor and --downlink-factor need --trace or --markov")
+    elif args.profile in ROUGH_LINKS:
+        return ROUGH_LINKS[args.profile]().profile
     else:
         return PROFILES[args.profile]
     return LinkProfile.from_trace(trace, rtt_ms=PROFILES[DEFAULT_PROFILE].rtt_ms, **factors)

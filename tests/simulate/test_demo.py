@@ -16,7 +16,15 @@ import pytest
 from toy_models import LABELS, toy_bundle
 
 from offramp_simulate import svg
-from offramp_simulate.demo import Outcome, Settings, Strategy, percentile, summarise, to_json
+from offramp_simulate.demo import (
+    Outcome,
+    Settings,
+    Strategy,
+    choice,
+    percentile,
+    summarise,
+    to_json,
+)
 from offramp_simulate.demo_report import render
 
 N_SENTENCES = 12
@@ -25,13 +33,15 @@ N_SENTENCES = 12
 def _record(number: int, label: str, depth: int, where: str, ms: float) -> dict[str, Any]:
     return {
         "id": str(number), "text": f"<w{number}> & co", "label": label, "expected": "red",
-        "exit_depth": depth, "where": where, "ms": ms, "bytes_up": 10, "kind": "easy", "reason": "",
+        "exit_depth": depth, "where": where, "ms": ms, "bytes_up": 10, "kind": "easy",
+        "reason": "timeout" if where == "fallback" else "", "split": 1 if where == "cloud" else 3,
+        **({"codec": "int4"} if where == "cloud" else {}),
     }  # fmt: skip
 
 
 @pytest.fixture
 def outcomes() -> list[Outcome]:
-    ours = Outcome(Strategy("offramp", "offramp: exits, split 1", 1, True))
+    ours = Outcome(Strategy("offramp", "offramp: exits, the planner", None, True))
     ours.records = [
         _record(1, "red", 1, "device", 1.0),
         _record(2, "red", 3, "cloud", 50.0),
@@ -59,6 +69,10 @@ def test_the_table_counts_layers_where_they_ran_and_agreement_with_the_full_mode
     assert ours["fallback"] == 0.25
     assert ours["bytes_up"] == 1000
     assert ours["exit_depths"] == {"1": 1, "2": 2, "3": 1}
+    assert ours["choices"] == {
+        "sent after layer 1 as int4": 2, "left at exit 1": 1, "fallback: timeout": 1
+    }  # fmt: skip
+    assert full["choices"] == {"all layers here": 4}
     assert full["device_layers"] == 3
     assert full["agreement"] == 1
 
@@ -81,6 +95,21 @@ def test_the_report_is_one_page_that_loads_nothing_and_escapes_what_users_wrote(
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("<figure>") == 4
     assert "50.0%" in page
+    assert "sent after layer 1 as int4" in page
+    assert "the planner: the cloud could not answer timeout 1" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"where": "cloud", "split": 0}, "sent the input"),
+        ({"where": "cloud", "split": 2, "codec": "int8+z"}, "sent after layer 2 as int8+z"),
+        ({"where": "device", "split": 1, "hedge": "device"}, "sent, but the device was first"),
+        ({"where": "device", "split": 3}, "all layers here"),
+    ],
+)
+def test_what_became_of_a_sample_is_said_in_words(changes: dict[str, Any], words: str) -> None:
+    assert choice(_record(1, "red", 3, "device", 1.0) | changes, n_layers=3) == words
 
 
 def test_pictures_are_well_formed_whatever_the_names() -> None:
@@ -140,7 +169,7 @@ def test_the_whole_demo_answers_every_sentence_by_every_strategy(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [row["strategy"] for row in result["table"]] == [
-        "offramp", "device", "input", "split", "full"
+        "offramp", "cut", "device", "input", "split", "full"
     ]  # fmt: skip
     assert all(row["n"] == N_SENTENCES and row["fallback"] == 0 for row in result["table"])
     by_key = {row["strategy"]: row for row in result["table"]}
@@ -148,6 +177,8 @@ def test_the_whole_demo_answers_every_sentence_by_every_strategy(
     assert by_key["device"]["exit_depths"] == by_key["input"]["exit_depths"]
     assert by_key["device"]["bytes_up"] == 0 < by_key["input"]["bytes_up"]
     assert by_key["split"]["cloud_layers"] == 2
+    sent = by_key["cut"]["choices"]
+    assert all(name.split()[0] in ("left", "sent") for name in sent)
     assert page.read_text().startswith("<!doctype html>")
     assert not _in_session(str(toy[0]))
 
@@ -159,7 +190,7 @@ def test_ctrl_c_ends_the_demo_and_all_its_processes(toy: tuple[Path, Path]) -> N
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("1/5"):
+        if line.startswith("1/6"):
             break
     assert len(_in_session(str(toy[0]))) >= 2
     process.send_signal(signal.SIGINT)
@@ -178,7 +209,7 @@ def test_ctrl_c_ends_the_demo_and_all_its_processes(toy: tuple[Path, Path]) -> N
         (["--split", "3"], "between 1 and 2"),
         (["--report", "no/such/place/r.html"], "no directory"),
         (["--data", "missing.jsonl"], "no such file"),
-        (["--link", "carrier-pigeon"], "carrier-pigeon"),
+        (["--link", "carrier-pigeon"], "no such profile; there are 3g, lte"),
     ],
 )
 def test_wrong_arguments_are_told_with_the_remedy(
