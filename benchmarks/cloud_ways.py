@@ -114,7 +114,7 @@ async def handle_gateway(say: Connection, ray_address: str) -> None:
             return Outcome(await handle.answer.remote(raw))
 
         async def probe(self, bundle: str, timeout_s: float) -> list[Replica]:
-            return [Replica(0, {})]
+            return [Replica(0, "", {})]
 
     await _serve(say, Handles())
 

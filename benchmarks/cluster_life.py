@@ -60,7 +60,7 @@ class Gateway:
         with urllib.request.urlopen(url, timeout=10) as page:
             lines = page.read().decode().splitlines()
         found = {
-            line.partition('replica="')[2].partition('"')[0]
+            line.partition('replica="')[2].partition("@")[0]
             for line in lines
             if line.startswith("offramp_engine_requests_total{")
         }

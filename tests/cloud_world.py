@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -235,6 +237,13 @@ def alive(pids: set[int]) -> dict[int, str]:
             if command:
                 found[pid] = command
     return found
+
+
+def replicas(served: Served) -> set[int]:
+    """Process ids of the replicas that answered lately."""
+    with urllib.request.urlopen(f"http://{served.ready['metrics']}/metrics", timeout=10) as page:
+        found = re.findall(r'offramp_engine_requests_total{.*replica="(\d+)@', page.read().decode())
+    return {int(pid) for pid in found} & alive(set(map(int, found))).keys()
 
 
 def wait_until(condition: Any, timeout_s: float = 10.0) -> None:

@@ -7,6 +7,7 @@ OFFRAMP_REQUIRE   markers, separated by commas ("data,weights,ray,slow"): a test
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -111,11 +112,11 @@ def nothing_left_behind() -> Iterator[None]:
 def _children() -> set[int]:
     """Child processes of this one that have not ended; empty where the system does not tell."""
     tasks = Path("/proc/self/task")
-    try:
-        listed = [(task / "children").read_text().split() for task in tasks.iterdir()]
-    except OSError:
-        return set()
-    return {int(pid) for pids in listed for pid in pids if _command_of(int(pid))}
+    listed: list[str] = []
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        with contextlib.suppress(OSError):  # a thread that ends meanwhile takes its entry with it
+            listed += (task / "children").read_text().split()
+    return {int(pid) for pid in listed if _command_of(int(pid))}
 
 
 def _command_of(pid: int) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -35,7 +36,8 @@ _CONNECT_S = 30.0  # how long the replicas of a Ray that was joined may take to 
 _UP_S = 120.0  # how long replicas may take to start
 _POLL_S = 0.1
 _START_TRIES = 3  # a bundle that cannot be loaded will not be by trying on
-_LOOK_BACK_S = 2.0  # the autoscaler sees the mean of so long
+_LOOK_BACK_S = 2.0  # the autoscaler sees the mean of so long,
+_TOLD_S = 0.5  # and hears of it so often: Serve's own 10 s would be most of a burst
 _KILLED_S = 5.0  # a replica that should be gone is killed so long after its own patience
 
 
@@ -121,17 +123,7 @@ def application(bundle: str, placement: Placement, order: float) -> serve.Applic
     """See `build`."""
     scaling: dict[str, Any] = {"num_replicas": placement.replicas}
     if placement.max_replicas > placement.replicas:
-        policy = AutoscalingPolicy(policy_function=WorkLeft)  # type: ignore[no-untyped-call]
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=placement.replicas,
-                max_replicas=placement.max_replicas,
-                policy=policy,
-                look_back_period_s=_LOOK_BACK_S,
-                upscale_delay_s=0.0,
-                downscale_delay_s=placement.scale_down_s,
-            )
-        }
+        scaling = {"autoscaling_config": _autoscaling(placement)}
     deployment: serve.Deployment = serve.deployment(
         **scaling,
         graceful_shutdown_timeout_s=placement.drain_s + _KILLED_S,
@@ -142,6 +134,22 @@ def application(bundle: str, placement: Placement, order: float) -> serve.Applic
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(Tail)
     return deployment.bind(bundle, placement, order)
+
+
+def _autoscaling(placement: Placement) -> AutoscalingConfig:
+    with warnings.catch_warnings():
+        # Serve 2.60 says that this setting is to become a variable of the environment, but reads no such
+        # variable yet.
+        warnings.filterwarnings("ignore", ".*metrics_interval_s", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=placement.replicas,
+            max_replicas=placement.max_replicas,
+            policy=AutoscalingPolicy(policy_function=WorkLeft),  # type: ignore[no-untyped-call]
+            look_back_period_s=_LOOK_BACK_S,
+            metrics_interval_s=_TOLD_S,
+            upscale_delay_s=0.0,
+            downscale_delay_s=placement.scale_down_s,
+        )
 
 
 def app_name(bundle: Bundle) -> str:

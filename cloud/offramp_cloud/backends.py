@@ -31,10 +31,17 @@ _LEAVES_S = 20.0  # how long a replica that was struck off may finish what it ha
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A replica that has just answered: its process, and its engine's counters (Counters.to_json)."""
+    """A replica that has just answered: its process, on which node where there are several, and its
+    engine's counters (Counters.to_json). Process ids alone repeat: each pod has a 7 of its own."""
 
     pid: int
+    node: str
     counters: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Unique among those that live."""
+        return f"{self.pid}@{self.node}" if self.node else str(self.pid)
 
 
 class Backend(Protocol):
@@ -96,7 +103,7 @@ class LocalBackend:
         return self._host.hello(request)
 
     async def probe(self, bundle: str, timeout_s: float) -> list[Replica]:
-        return [Replica(os.getpid(), self._host.counters()[bundle])]
+        return [Replica(os.getpid(), "", self._host.counters()[bundle])]
 
     async def close(self) -> None:
         await self._host.close()
@@ -216,4 +223,5 @@ async def _probe(link: ReplicaLink, timeout_s: float) -> Replica | None:
     except (CloudUnavailable, TimeoutError):
         return None
     answer = msgpack.unpackb(outcome.payload, strict_map_key=False)
-    return Replica(answer["pid"], answer["counters"][link.endpoint.bundle])
+    node = link.endpoint.address.rpartition(":")[0]
+    return Replica(answer["pid"], node, answer["counters"][link.endpoint.bundle])

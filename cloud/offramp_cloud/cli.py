@@ -50,7 +50,9 @@ def _add_deploy(actions: Any) -> None:
         metavar="S",
         help="how long its first requests are watched before older versions go (10)",
     )
+    _add_engine_limits(deploy)
     deploy.add_argument("--drain-s", type=_amount, default=20.0, metavar="S", help=_DRAIN)
+    deploy.add_argument("--trace", metavar="SINK", help="as of `cloud serve`, of its replicas")
     deploy.add_argument("--json", metavar="FILE", help="write what became of it (- for stdout)")
     deploy.set_defaults(run=run_deploy)
 
@@ -199,6 +201,13 @@ def _add_replicas(group: Any) -> None:
         help="as many as the work needs, from --replicas to N (default: always --replicas)",
     )
     group.add_argument(
+        "--scale-down-s",
+        type=_amount,
+        default=30.0,
+        metavar="S",
+        help="with --max-replicas: how long fewer must have been enough before one goes (30)",
+    )
+    group.add_argument(
         "--threads", type=_positive, default=1, metavar="N", help="torch's, per replica (default 1)"
     )
     group.add_argument(
@@ -224,11 +233,8 @@ def _add_replicas(group: Any) -> None:
 
 def _add_limits(serve: argparse.ArgumentParser) -> None:
     group = serve.add_argument_group("limits")
+    _add_engine_limits(group)
     for flag, default, help_text in (
-        ("--max-batch", 64, "samples that share a layer"),
-        ("--max-waiting", 1024, "samples in a replica, waiting or running"),
-        ("--max-rows", 256, "samples in one frame"),
-        ("--max-frame-bytes", 8 * 2**20, "bytes of one frame"),
         ("--max-rpcs", 1000, "calls and streams at once"),
         ("--max-connections", 1000, "devices connected at once"),
     ):
@@ -243,6 +249,18 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
             flag, type=_amount, default=0.0, metavar="N", help=f"{what} (default: no limit)"
         )
     group.add_argument("--drain-s", type=_amount, default=20.0, metavar="S", help=_DRAIN)
+
+
+def _add_engine_limits(group: Any) -> None:
+    for flag, default, help_text in (
+        ("--max-batch", 64, "samples that share a layer"),
+        ("--max-waiting", 1024, "samples in a replica, waiting or running"),
+        ("--max-rows", 256, "samples in one frame"),
+        ("--max-frame-bytes", 8 * 2**20, "bytes of one frame"),
+    ):
+        group.add_argument(
+            flag, type=_positive, default=default, metavar="N", help=f"{help_text} ({default})"
+        )
 
 
 def _positive(text: str) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from offramp_common.activations import Activations, NumpyArray
+from offramp_common.activations import NumpyArray
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Counters:
         if rows:
             self.batches[rows] += 1
 
-    def answered(self, acts: Activations[NumpyArray], exit_depth_B: NumpyArray) -> None:
-        """A request: what came in, and where each row left."""
+    def answered(self, tokens: int, exit_depth_B: NumpyArray) -> None:
+        """A request: how long its rows were together, and where each left."""
         self.requests += 1
-        self.rows += acts.batch_size
-        self.tokens += acts.n_tokens
+        self.rows += exit_depth_B.size
+        self.tokens += tokens
         self.exits.update(exit_depth_B.tolist())
 
     def to_json(self) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Elevator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`exits`: depths whose predictions each request is told, None for none."""
-        self._layers, self._load, self._counters = layers, load, counters
+        self._load, self._counters = load, counters
+        self._n_layers = layers.n_layers  # asked for in every pass, and a model counts its modules
         self._steps = layers.steps if isinstance(layers, JoinedLayers) else partial(_each, layers)
         self._exits, self._device, self._clock = exits, device, clock
         self._floors: dict[int, list[Riders]] = {}
@@ -61,7 +62,7 @@ class Elevator:
         self._riding: list[Trip] = []
         self._layers_run = 0
         self.cost = LayerCost()
-        self._survival = Survival(layers.n_layers)
+        self._survival = Survival(self._n_layers)
         self.work_left = 0
         """Layers x tokens before it, as far as rows are expected to go."""
         self.boarded = 0
@@ -78,7 +79,7 @@ class Elevator:
         exits = None if self._exits is None else [e for e in self._exits if e > depth]
         riders = boarded(Trip(request, exits), self._load, self._device)
         self._floors.setdefault(depth, []).extend(riders)
-        work = request.work(self._layers.n_layers)
+        work = request.work(self._n_layers)
         self.boarded += work
         self.work_left += work  # counted anew with every layer
         self._counters.overhead_s += self._clock() - began_s
@@ -113,7 +114,7 @@ class Elevator:
         ended_s = self._clock()
         for trip in trips:
             if not trip.open_rows:
-                self._counters.answered(trip.request.acts, trip.depth_B)
+                self._counters.answered(trip.request.tokens, trip.depth_B)
                 done.append(Done(trip.request, trip.completion(ended_s)))
         self._riding = []
         self._count_work()
@@ -215,14 +216,13 @@ class Elevator:
         if self._exits is not None and step.look is not None:
             riders.note(step.look)
         rows = np.arange(riders.acts.batch_size)
-        settled = settle(riders.acts, step, rows, self._layers.n_layers)
+        settled = settle(riders.acts, step, rows, self._n_layers)
         left = 0 if settled.left is None else settled.left.rows.size
         self._survival.saw(riders.acts.depth, rows.size, left)
         if settled.left is not None:
             riders.leave(settled.left)
         if settled.rows.size:
-            stay = settled.stay
-            going = Riders(settled.acts, riders.knobs, riders.trip_B[stay], riders.row_B[stay])
+            going = riders.going_on(settled.acts, settled.stay)
             self._floors.setdefault(going.acts.depth, []).append(going)
 
     def _learn(self, stepped: Sequence[tuple[Riders, Step[Tensor]]], took_s: float) -> None:

@@ -68,8 +68,8 @@ class Gateway:
     ) -> None:
         self.settings = settings
         self._revocations = revocations
-        self.replicas: dict[tuple[str, int], Replica] = {}  # by bundle and process id
-        self._heard_s: dict[tuple[str, int], float] = {}
+        self.replicas: dict[tuple[str, str], Replica] = {}  # by bundle and name
+        self._heard_s: dict[tuple[str, str], float] = {}
         self._answered_s: dict[str, float] = {}
         self._unserved: set[str] = set()
         self._doubt = asyncio.Event()
@@ -170,8 +170,8 @@ class Gateway:
         assert backend is not None, "a gateway probes once it has been started"
         for bundle in backend.bundles:
             for replica in await backend.probe(bundle, timeout_s):
-                self.replicas[bundle, replica.pid] = replica
-                self._heard_s[bundle, replica.pid] = time.monotonic()
+                self.replicas[bundle, replica.name] = replica
+                self._heard_s[bundle, replica.name] = time.monotonic()
         heard = {bundle for (bundle, _), at_s in self._heard_s.items() if at_s >= now_s}
         # A question may be late where there is much work; answers are a sign of life, too.
         heard |= {bundle for bundle, at_s in self._answered_s.items() if at_s >= now_s}

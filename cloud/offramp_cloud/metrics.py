@@ -21,7 +21,7 @@ from offramp_common.errors import ConfigError
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-Replicas = Mapping[tuple[str, int], Replica]
+Replicas = Mapping[tuple[str, str], Replica]
 """(bundle, process id) -> what that replica last answered to a probe."""
 
 
@@ -99,7 +99,7 @@ class Metrics:
 
 
 class _Engines:
-    """The replicas' own counters; they start at 0 with each replica, whose process is a label."""
+    """The replicas' own counters; they start at 0 with each replica, whose process and node are a label."""
 
     def __init__(self, replicas: Callable[[], Replicas]) -> None:
         self._replicas = replicas
@@ -125,8 +125,8 @@ class _Engines:
         batches = HistogramMetricFamily(
             "offramp_engine_batch_rows", "Samples that shared a layer.", labels=labels
         )
-        for (bundle, pid), replica in dict(self._replicas()).items():
-            where, counters = [bundle, str(pid)], replica.counters
+        for (bundle, which), replica in dict(self._replicas()).items():
+            where, counters = [bundle, which], replica.counters
             for name, family in plain.items():
                 family.add_metric(where, counters[name.replace("_seconds", "_s")])
             left.add_metric(where, counters["work_left"])

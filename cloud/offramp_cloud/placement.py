@@ -54,7 +54,23 @@ def placement_of(args: argparse.Namespace) -> Placement:
         threads=args.threads,
         cpus=args.cpus,
         drain_s=args.drain_s,
+        scale_down_s=args.scale_down_s,
+        limits=limits_of(args),
+        load=load_of(args),
+        trace=args.trace or "",
+        device=args.device,
+        precision=args.precision,
     )
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """Of a frame."""
+    return Limits(max_frame_bytes=args.max_frame_bytes, max_rows=args.max_rows)
+
+
+def load_of(args: argparse.Namespace) -> Load:
+    """Of an engine."""
+    return Load(max_batch=args.max_batch, max_waiting_rows=args.max_waiting)
 
 
 def secure_own_ray() -> None:

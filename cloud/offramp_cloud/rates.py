@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from offramp_cloud.engine import Engine  # with torch, which a gateway needs not
 
 _SAMPLE_S = 0.25  # the least time between two measurements
-_KEPT = 0.2  # the weight of the newest one
+_KEPT = 0.2  # the weight of the newest one,
+_KEPT_FREE = 0.02  # and of what it says of the capacity where the engine was not always at work
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """In layers x tokens: what waits or runs, what comes each second, and what an engine can do in a
-    second of computing, at its best. The last two are 0 while nothing is known."""
+    """In layers x tokens: what waits or runs, what comes each second, and what an engine gets done in a
+    second when it is full. The last two are 0 while nothing is known."""
 
     left: int = 0
     arriving: float = 0.0
@@ -50,9 +51,15 @@ class Rates:
         arrived = max(0, done - done_before + left - left_before)
         self._arriving += _KEPT * (arrived / (now_s - at_s) - self._arriving)
         if done > done_before and busy_s > busy_before_s:
-            # What one request at a time gets done says little of what many together would.
-            rate = max((done - done_before) / (busy_s - busy_before_s), self._full_batch())
-            self._capacity += (_KEPT if self._capacity else 1.0) * (rate - self._capacity)
+            if left_before > done - done_before:
+                # It was never idle: so much it gets done, also where something other than layers holds it
+                # up (frames to decode, another process on its core).
+                rate, kept = (done - done_before) / (now_s - at_s), _KEPT
+            else:
+                # What one request at a time gets done says little of what many together would.
+                rate = max((done - done_before) / (busy_s - busy_before_s), self._full_batch())
+                kept = _KEPT_FREE
+            self._capacity += (kept if self._capacity else 1.0) * (rate - self._capacity)
         self._before = (now_s, done, busy_s, left)
 
     def _full_batch(self) -> float:

@@ -77,14 +77,22 @@ class Riders:
         knobs: KnobKey,
         trip_B: NDArray[np.object_],
         row_B: NDArray[np.int64],
+        group: Group | None = None,
     ) -> None:
+        """`group`: where it is known already."""
         self.acts, self.knobs, self.trip_B, self.row_B = acts, knobs, trip_B, row_B
         self.trips: tuple[Trip, ...] = tuple(dict.fromkeys(trip_B.tolist()))
-        self.group = Group(row_B.size, acts.n_tokens)
+        self.group = group or Group(row_B.size, acts.n_tokens)
         self.longest = int(acts.hidden_BTD.shape[1])
 
     def take(self, rows: NDArray[np.int64]) -> Riders:
         return Riders(self.acts.take(rows), self.knobs, self.trip_B[rows], self.row_B[rows])
+
+    def going_on(self, acts: Activations[Tensor], stay: NDArray[np.int64]) -> Riders:
+        """Those that stay, `acts` a layer further up."""
+        if acts.lengths_B is self.acts.lengths_B:  # all of them, and no token was dropped
+            return Riders(acts, self.knobs, self.trip_B, self.row_B, self.group)
+        return Riders(acts, self.knobs, self.trip_B[stay], self.row_B[stay])
 
     def wanted(self, now_s: float) -> Riders | None:
         """Without the rows that nobody waits for; None when none are left."""
@@ -111,7 +119,8 @@ def boarded(trip: Trip, load: Load, device: Any) -> list[Riders]:
     acts, knobs = trip.request.acts, trip.request.knobs
     rows = np.arange(acts.batch_size)
     trip_B = np.full(rows.size, trip, object)
-    whole = Riders(to_torch(acts, device), knobs, trip_B, rows)
+    group = Group(rows.size, trip.request.tokens)
+    whole = Riders(to_torch(acts, device), knobs, trip_B, rows, group)
     if fits(whole.group, load):
         return [whole]
     pieces: list[list[int]] = [[]]
@@ -166,7 +175,8 @@ def _as_one(part: Sequence[Riders]) -> Riders:
     acts = join_tensors([riders.acts for riders in part])
     trip_B = np.concatenate([riders.trip_B for riders in part])
     row_B = np.concatenate([riders.row_B for riders in part])
-    return Riders(acts, part[0].knobs, trip_B, row_B)
+    group = Group(row_B.size, sum(riders.group.tokens for riders in part))
+    return Riders(acts, part[0].knobs, trip_B, row_B, group)
 
 
 def as_numpy(answer: Tensor) -> NDArray[np.float32]:

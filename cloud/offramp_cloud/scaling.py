@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_KEPT = 0.2  # the weight of the newest trend
+_APART_S = 0.5  # between two arrivals that are remembered: Serve asks ten times a second
+_TREND_S = 3.0  # how far back the oldest of them lies
+_MOST_GROWTH = 2.0  # a forecast beyond so many times what comes now is not believed
 
 
 class WorkLeft:
@@ -43,13 +45,15 @@ class WorkLeft:
         return max(1, math.ceil(need / (sum(known) / len(known)))), state
 
     def _forecast(self, state: dict[str, Any], arriving: float, now_s: float) -> float:
-        """Arrivals `ahead_s` from now, if they go on growing as they do; never less than now."""
-        before = float(state.get("arriving", arriving))
-        passed_s = now_s - float(state.get("at_s", now_s))
-        state |= {"arriving": arriving, "at_s": now_s}
-        if passed_s <= 0:
+        """Arrivals `ahead_s` from now, if they go on growing as they did lately; never less than now."""
+        seen: list[tuple[float, float]] = [
+            pair for pair in state.get("seen", ()) if now_s - pair[0] <= _TREND_S
+        ]
+        if not seen or now_s - seen[-1][0] >= _APART_S:
+            seen.append((now_s, arriving))
+        state["seen"] = seen
+        passed_s = now_s - seen[0][0]
+        if passed_s < _APART_S:
             return arriving
-        trend = (arriving - before) / passed_s
-        kept = float(state.get("trend", 0.0))
-        kept = state["trend"] = kept + _KEPT * (trend - kept)
-        return arriving + max(0.0, kept * self._ahead_s)
+        grown = max(0.0, arriving - seen[0][1]) / passed_s * self._ahead_s
+        return min(arriving + grown, _MOST_GROWTH * arriving)

@@ -10,23 +10,20 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from offramp_cloud.admission import Admission
 from offramp_cloud.backends import Backend, LocalBackend
 from offramp_cloud.gateway import Gateway, GatewaySettings
 from offramp_cloud.outside import Outside, seen
-from offramp_cloud.placement import Placement, check_address, placement_of, secure_own_ray
+from offramp_cloud.placement import check_address, limits_of, placement_of, secure_own_ray
 from offramp_cloud.quotas import Quota
 from offramp_cloud.served import JsonFormatter, LineFormatter
 from offramp_cloud.stdout import stdout_alone
-from offramp_cloud.waiting import Load
 from offramp_common.bundle import Bundle
 from offramp_common.certs import pair_of
 from offramp_common.cli import INTERRUPTED, OK
 from offramp_common.errors import ConfigError
-from offramp_common.frames import Limits
 from offramp_common.revocation import FILE_NAME, Revocations
 from offramp_common.tracing import Tracer
 
@@ -78,12 +75,10 @@ async def _serve(args: argparse.Namespace, ready_line: TextIO) -> int:
 
 async def _backend(args: argparse.Namespace, stop: _Stop, tracer: Tracer) -> Backend:
     """In threads, so that signals are heard meanwhile."""
-    limits = Limits(max_frame_bytes=args.max_frame_bytes, max_rows=args.max_rows)
-    load = Load(max_batch=args.max_batch, max_waiting_rows=args.max_waiting)
     started_s = time.monotonic()
     backend: Backend
     if args.local:
-        backend = await _local_backend(args, limits, load, tracer)
+        backend = await _local_backend(args, tracer)
     else:
         if args.address is None:
             secure_own_ray()
@@ -99,7 +94,7 @@ async def _backend(args: argparse.Namespace, stop: _Stop, tracer: Tracer) -> Bac
             owned = await asyncio.to_thread(
                 app.start,
                 args.bundle,
-                _placement(args, limits, load),
+                placement_of(args),
                 address=args.address,
                 stopped=stop.told_while_starting,
             )
@@ -108,21 +103,20 @@ async def _backend(args: argparse.Namespace, stop: _Stop, tracer: Tracer) -> Bac
     return backend
 
 
-async def _local_backend(
-    args: argparse.Namespace, limits: Limits, load: Load, tracer: Tracer
-) -> LocalBackend:
+async def _local_backend(args: argparse.Namespace, tracer: Tracer) -> LocalBackend:
     from offramp_cloud.engine import load_engine
     from offramp_cloud.host import Host
 
+    placement = placement_of(args)
     engines = [
         await asyncio.to_thread(
             load_engine,
             path,
-            threads=args.threads,
-            limits=limits,
-            load=load,
-            device=args.device,
-            precision=args.precision,
+            threads=placement.threads,
+            limits=placement.limits,
+            load=placement.load,
+            device=placement.device,
+            precision=placement.precision,
         )
         for path in args.bundle
     ]
@@ -131,22 +125,11 @@ async def _local_backend(
     return LocalBackend(Host(engines))
 
 
-def _placement(args: argparse.Namespace, limits: Limits, load: Load) -> Placement:
-    return replace(
-        placement_of(args),
-        trace=args.trace or "",
-        limits=limits,
-        load=load,
-        device=args.device,
-        precision=args.precision,
-    )
-
-
 def _settings(args: argparse.Namespace) -> GatewaySettings:
     quota = Quota(args.device_requests, args.device_layers)
     return GatewaySettings(
         listen=args.listen,
-        limits=Limits(max_frame_bytes=args.max_frame_bytes, max_rows=args.max_rows),
+        limits=limits_of(args),
         admission=Admission(quota=quota),
         max_rpcs=args.max_rpcs,
         max_connections=args.max_connections,
@@ -176,7 +159,7 @@ def _announce(gateway: Gateway, listening: str, outside: Outside, ready_line: Te
         "listening": listening,
         "bundles": bundles,
         "pid": os.getpid(),
-        "replica_pids": sorted({pid for _, pid in gateway.replicas}),
+        "replica_pids": sorted({replica.pid for replica in gateway.replicas.values()}),
         "metrics": outside.metrics_at,
         "health": outside.health_at,
     }

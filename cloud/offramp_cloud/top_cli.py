@@ -128,7 +128,7 @@ def _depths(bundle: BundleView) -> Table:
 
 
 def _replicas(view: View) -> Table:
-    table = _table("replica of", "process", "work left", "rows/batch", "layer rows/s")
+    table = _table("replica of", "process@node", "work left", "rows/batch", "layer rows/s")
     for replica in view.replicas:
         batch = "-" if replica.batch is None else f"{replica.batch:.1f}"
         left, ran = f"{replica.work_left:.0f}", f"{replica.layer_rows:.0f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.errors import CloudBusy
@@ -57,6 +57,7 @@ class Request:
     arrived_s  on the elevator's clock;  deadline_s  on the same, None for none
     unwanted   set by whoever asked, once nobody waits for the answer;  started  set with its first layer.
                Each is written by one thread and read by the other
+    tokens     of all its rows
     """
 
     request_id: str
@@ -67,6 +68,10 @@ class Request:
     priority: int = 0
     unwanted: bool = False
     started: bool = False
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.acts.n_tokens
 
     def wanted(self, now_s: float) -> bool:
         """False once cancelled or past its deadline."""
@@ -74,7 +79,7 @@ class Request:
 
     def work(self, n_layers: int) -> int:
         """Layers x tokens if no row leaves early."""
-        return (n_layers - self.acts.depth) * self.acts.n_tokens
+        return (n_layers - self.acts.depth) * self.tokens
 
     def rank(self, now_s: float, max_age_s: float) -> tuple[float, float, float]:
         """Lowest goes first: whoever is old, then by priority, then by deadline; the oldest of equals."""

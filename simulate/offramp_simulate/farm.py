@@ -1,8 +1,7 @@
 """The cloud: which engine a request goes to, which is refused, and how many engines there are.
 
-As offramp_cloud's balance.py, rates.py and scaling.py: the less loaded of two at random, by layers x tokens;
-refused where it would be late; as many replicas as get what waits done in time and keep up with what comes.
-Left out: that a gateway hears of loads with a delay, and the forecast of a growing load.
+As offramp_cloud's balance.py: the less loaded of two at random, by layers x tokens; refused where it would be
+late. Engines that start take no requests yet. Left out: that a gateway hears of loads with a delay.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import random
 
 from offramp_simulate.engine_model import Engine, Job
 from offramp_simulate.engine_times import EngineTimes
+from offramp_simulate.scaler import Scaler, WorkScaler
 from offramp_simulate.scenario_parts import Cloud
-
-_TICK_S = 1.0  # how often the scaler looks
-_KEPT = 0.2  # weight of the newest rate of arrivals
 
 
 class Busy(Exception):
@@ -31,24 +28,32 @@ class Farm:
     """All engines. The owner of the clock asks for `next_s`, calls `advance` up to it, and offers jobs in
     order of time.
 
-    held        jobs in the house;  replica_s  of engines that were there;  most  of them at once
+    engines     that take jobs;  held  jobs in the house
+    came        layers x tokens that were let in, to the top
+    replica_s   of engines that were there or started;  most  of them at once
     """
 
-    def __init__(self, times: EngineTimes, cloud: Cloud, seed: int) -> None:
+    def __init__(
+        self, times: EngineTimes, cloud: Cloud, seed: int, scaler: Scaler | None = None
+    ) -> None:
+        """`scaler` says how many engines there are to be; without one the scenario's settings do."""
         self.cloud, self.times = cloud, times
+        self.came = 0.0
         self.replica_s = 0.0
         self.most = 0
         self._rng = random.Random(seed)
         self._heap: list[tuple[float, int, int, Engine | None]] = []
         self._serial = self._numbers = 0
-        self._counted_s = self._over_s = self._under_s = 0.0
-        self._came, self._arriving = 0.0, 0.0
+        self._counted_s = 0.0
         self._gone: list[Engine] = []
+        self._starting: list[Engine] = []
+        self._owed = 0  # engines that died, and that `replace` will bring back
         self.engines: list[Engine] = []
         for _ in range(cloud.replicas):
-            self._add(0.0)
-        if cloud.scales:
-            self._push(_TICK_S, None)
+            self._add(0.0, 0.0)
+        self._scaler = scaler or (WorkScaler(cloud) if cloud.scales else None)
+        if self._scaler is not None:
+            self._push(self._scaler.every_s, None)
 
     @property
     def next_s(self) -> float:
@@ -58,6 +63,16 @@ class Farm:
     @property
     def held(self) -> int:
         return sum(engine.held for engine in self.engines)
+
+    @property
+    def here(self) -> int:
+        """Engines that work or start."""
+        return len(self.engines) + len(self._starting)
+
+    @property
+    def done_work(self) -> int:
+        """Layers x tokens that were run, also by engines that have gone."""
+        return sum(engine.done_work for engine in (*self.engines, *self._gone))
 
     @property
     def busy_s(self) -> float:
@@ -88,7 +103,7 @@ class Farm:
             engine = self._in_time(engine, job.wanted_s - now_s)
         if engine.held >= self.cloud.max_waiting_rows:
             raise Busy("busy")
-        self._came += job.tokens * (self.times.n_layers - job.depth)
+        self.came += job.tokens * (self.times.n_layers - job.depth)
         engine.board(job, now_s)
         if not engine.running:
             engine.run(now_s)
@@ -103,6 +118,10 @@ class Farm:
             now_s, _, turn, engine = heapq.heappop(heap)
             if engine is None:
                 self._tick(now_s)
+                continue
+            if engine in self._starting:
+                self._starting.remove(engine)
+                self.engines.append(engine)
                 continue
             if not engine.alive or turn != engine.turn:
                 continue
@@ -119,12 +138,14 @@ class Farm:
             return []
         engine = max(self.engines, key=lambda e: (e.held, -e.number))
         self._remove(engine, now_s)
+        self._owed += 1
         return engine.everybody()
 
     def replace(self, now_s: float) -> None:
         """Another takes its place."""
         self._count(now_s)
-        self._add(now_s)
+        self._owed = max(0, self._owed - 1)
+        self._add(now_s, now_s)
 
     def closed(self, now_s: float) -> None:
         """Count replicas up to the end."""
@@ -150,10 +171,15 @@ class Farm:
         turn = 0 if engine is None else engine.turn
         heapq.heappush(self._heap, (when_s, self._serial, turn, engine))
 
-    def _add(self, starts_s: float) -> None:
-        self.engines.append(Engine(self._numbers, self.times, self.cloud, starts_s))
+    def _add(self, starts_s: float, now_s: float) -> None:
+        engine = Engine(self._numbers, self.times, self.cloud, starts_s)
         self._numbers += 1
-        self.most = max(self.most, len(self.engines))
+        if starts_s > now_s:
+            self._starting.append(engine)
+            self._push(starts_s, engine)
+        else:
+            self.engines.append(engine)
+        self.most = max(self.most, self.here)
 
     def _remove(self, engine: Engine, now_s: float) -> None:
         self._count(now_s)
@@ -162,29 +188,18 @@ class Farm:
         self._gone.append(engine)
 
     def _count(self, now_s: float) -> None:
-        self.replica_s += len(self.engines) * (now_s - self._counted_s)
+        self.replica_s += self.here * (now_s - self._counted_s)
         self._counted_s = now_s
 
     def _tick(self, now_s: float) -> None:
-        """As many as get what waits done in time and keep up, once that has been so for long enough."""
-        c, here = self.cloud, len(self.engines)
-        self._arriving += _KEPT * (self._came / _TICK_S - self._arriving)
-        self._came = 0.0
-        work, busy_s = sum(e.work for e in self.engines), self.busy_s
-        wanted = here
-        if busy_s:
-            done = sum(e.done_work for e in (*self.engines, *self._gone))
-            need = self._arriving / c.busy + work / c.done_in_s
-            wanted = min(max(math.ceil(need / (done / busy_s)), c.replicas), c.max_replicas)
-        self._over_s = self._over_s + _TICK_S if wanted > here else 0.0
-        self._under_s = self._under_s + _TICK_S if wanted < here else 0.0
-        if self._over_s >= c.up_s:
+        """As many as the scaler says; of too many those go that have nothing to do."""
+        assert self._scaler is not None
+        wanted, here = self._scaler.wanted(self, now_s), self.here + self._owed
+        if wanted > here:
             self._count(now_s)
             for _ in range(wanted - here):
-                self._add(now_s + c.start_s)
-            self._over_s = 0.0
-        elif self._under_s >= c.down_s:
+                self._add(now_s + self.cloud.start_s, now_s)
+        elif wanted < here:
             for engine in [e for e in self.engines if not e.held][: here - wanted]:
                 self._remove(engine, now_s)
-            self._under_s = 0.0
-        self._push(now_s + _TICK_S, None)
+        self._push(now_s + self._scaler.every_s, None)

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
-from cloud_world import Served, World, alive, assert_same, wait_until
+from cloud_world import Served, World, alive, assert_same, replicas, wait_until
 
 from offramp_common.certs import channel_credentials
 from offramp_common.messages import completion_from_pb, offload_to_pb
@@ -33,15 +32,6 @@ async def stub(ray_cloud: Served, tls_dir: Path) -> AsyncIterator[Any]:
     credentials = channel_credentials(tls_dir / "ca.pem", *pair)
     async with grpc.aio.secure_channel(ray_cloud.address, credentials) as channel:
         yield pb_grpc.OffloadServiceStub(channel)
-
-
-def replicas(served: Served) -> set[int]:
-    """Process ids of the replicas that answered lately."""
-    with urllib.request.urlopen(f"http://{served.ready['metrics']}/metrics", timeout=10) as page:
-        found = re.findall(
-            r'offramp_engine_requests_total{.*replica="(\d+)"}', page.read().decode()
-        )
-    return {int(pid) for pid in found} & alive(set(map(int, found))).keys()
 
 
 async def test_a_replica_answers_as_the_device_would_bit_for_bit(world: World, stub: Any) -> None:

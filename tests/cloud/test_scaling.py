@@ -71,6 +71,24 @@ def test_arrivals_that_grow_are_met_before_they_are_there() -> None:
     assert growing[-1] == 5  # 1900 come now, about 2300 five seconds from now
 
 
+def test_no_more_than_twice_what_comes_is_believed_in() -> None:
+    policy = WorkLeft(ahead_s=5.0, busy=1.0)
+    _, state = policy(Context(seen(0, 1000, 1000), current_time=0.0))
+    assert policy(Context(seen(0, 9000, 1000), current_time=1.0, policy_state=state))[0] == 18
+
+
+def test_the_trend_does_not_depend_on_how_often_serve_asks() -> None:
+    """Ten times a second, while what replicas say is new only every half second."""
+    policy = WorkLeft(ahead_s=5.0, busy=1.0)
+    state: dict[str, Any] = {}
+    for tenth in range(100):
+        arriving = 1000 + 100 * (tenth // 5) / 2
+        number, state = policy(
+            Context(seen(0, arriving, 500), current_time=tenth / 10, policy_state=state)
+        )
+    assert number == 5  # 1950 come now, about 2450 five seconds from now
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         WorkLeft(busy=1.5)
@@ -95,6 +113,21 @@ async def test_an_engine_is_measured_by_what_it_ran(world: World) -> None:
     )
     assert work.arriving == pytest.approx(0.2 * 40)  # the newest of several weighs a fifth
     assert work.left == 0
+    await engine.close()
+
+
+async def test_an_engine_that_is_never_idle_is_measured_by_what_it_gets_done(world: World) -> None:
+    """Whatever else its process does beside the layers."""
+    now_s = 0.0
+    engine = world.engine()
+    rates = Rates(engine, lambda: now_s)
+    rates.now()
+    engine._shaft._posted = 10**6  # so much waits
+    now_s = 1.0
+    rates.now()
+    engine.counters.layer_tokens, engine.counters.compute_s = 4000, 0.1
+    now_s = 2.0
+    assert rates.now().capacity == pytest.approx(4000)
     await engine.close()
 
 

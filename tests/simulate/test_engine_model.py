@@ -209,6 +209,23 @@ def test_replicas_come_after_a_while_of_load_and_go_after_a_while_without() -> N
     assert house.most == 3
 
 
+def test_an_engine_that_starts_takes_no_jobs_yet_and_a_scaler_may_be_handed_in() -> None:
+    class Two:
+        every_s = 0.5
+
+        def wanted(self, farm: Farm, now_s: float) -> int:
+            return 2
+
+    chosen = Cloud(start_s=3.0)
+    house = Farm(EngineTimes(RECORD, chosen), chosen, 3, Two())
+    house.advance(1.0)
+    assert (len(house.engines), house.here) == (1, 2)
+    house.advance(3.5)
+    assert len(house.engines) == 2
+    house.closed(4.5)
+    assert house.replica_s == 1 * 0.5 + 2 * 4.0
+
+
 def test_a_dead_engine_gives_back_what_it_held() -> None:
     house = farm(replicas=1)
     for key in range(3):
