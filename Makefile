@@ -10,6 +10,7 @@ VENV ?= .venv
 DATA ?= $(or $(OFFRAMP_DATA),../shared/data)
 DEMO ?=
 TEST ?=
+VALIDATE ?=
 PIP ?=
 
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo env test test-mpnet check proto bench docs train-bundle clean
+.PHONY: help demo env test test-mpnet check proto bench validate docs train-bundle clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,9 @@ proto: $(VENV)/installed-dev ## generate the wire code again after a change in p
 
 bench: $(VENV)/installed-dev ## measure again what the docs say, into benchmarks/results
 	PYTHON=$(BIN)/python scripts/bench.sh
+
+validate: $(VENV)/installed-dev ## the live system against the simulator, cell by cell; goes on where it was cut off
+	OFFRAMP_DATA=$(DATA) $(BIN)/python benchmarks/validate.py $(VALIDATE)
 
 docs: $(VENV)/installed-dev ## write docs/methods.md and the methods' pages from the table and the results
 	$(BIN)/python benchmarks/methods/write_docs.py

@@ -84,6 +84,7 @@ def made_record(
         np.tile(scale * layer_ms, (1, N_LAYERS, 1)),
         np.full((len(CODEC_NAMES), 4), encode_ms),
         np.array(deviations),
+        np.array(deviations),
         np.array([1.0, 2.0, 8.0]),
         engine,
         np.array([0.5, 0.6, 1.0]),

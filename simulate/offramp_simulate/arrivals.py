@@ -45,15 +45,16 @@ class Draws:
         self._samples = _generator(scenario, 1)
         self._deviations = _generator(scenario, 2)
         self._n = record.n_samples
-        self._deviation_J = record.deviation_J if scenario.devices.jitter else np.ones(1)
+        jitter = np.stack([record.deviation_J, record.engine_deviation_J])
+        self._deviation_SJ = jitter if scenario.devices.jitter else np.ones((2, 1))
 
     def take(
         self, count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Samples, and the device's and the engine's deviations."""
-        places = self._deviations.integers(0, len(self._deviation_J), (2, count))
-        deviations = self._deviation_J[places]
-        return self._samples.integers(0, self._n, count), deviations[0], deviations[1]
+        places = self._deviations.integers(0, self._deviation_SJ.shape[1], (2, count))
+        here, there = self._deviation_SJ
+        return self._samples.integers(0, self._n, count), here[places[0]], there[places[1]]
 
 
 def requests(scenario: Scenario, record: Record) -> Iterator[Requests]:
@@ -186,10 +187,10 @@ def read_arrivals(path: Path) -> Timed:
 
 
 def phases(scenario: Scenario, period_s: float) -> NDArray[np.float64]:
-    """Where in a trace each device starts, seconds; zeros where they all start together."""
+    """Where in a trace each device starts, seconds; `trace_start_s` where they all start together."""
     count = 1 if scenario.link.shared else scenario.devices.count
     if scenario.link.same_phase or count == 1:
-        return np.zeros(count)
+        return np.full(count, scenario.link.trace_start_s)
     return _generator(scenario, 3).uniform(0, period_s, count)
 
 

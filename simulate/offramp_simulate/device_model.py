@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp_common.errors import ConfigError
-from offramp_simulate.record import Record
+from offramp_common.frames import Limits
+from offramp_common.messages import knobs_to_pb
+from offramp_edge.handshake import Agreed
+from offramp_simulate.record import OWN, Record
 from offramp_simulate.scenario import Scenario
 from offramp_simulate.scenario_parts import Plan
 
@@ -24,6 +27,7 @@ class Samples:
     before_ms    what the agent takes beside layers;  layer_ms_NL  of each layer on the device
     leaves_N     depth at which it leaves on the device;  cloud_leaves_N  in the cloud's precision
     right_NE     whether the device's answer at each exit is right;  confidence_NE  and how sure it is
+    knobs_nbytes_C   of the operating point in a request cut at C, where it is not the cloud's own
     """
 
     exits: tuple[int, ...]
@@ -35,6 +39,7 @@ class Samples:
     cloud_leaves_N: NDArray[np.int64]
     right_NE: NDArray[np.bool_]
     confidence_NE: NDArray[np.float32]
+    knobs_nbytes_C: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +107,23 @@ def samples(record: Record, scenario: Scenario, plan: Resolved) -> Samples:
         record.leaves_PKN[fp32, k].astype(np.int64),
         record.predicted_PNE[p] == record.target_N[:, None],
         record.confidence_PNE[p],
+        tuple(_knobs_nbytes(record, plan, depth) for depth in range(h.n_layers)),
     )
+
+
+def _knobs_nbytes(record: Record, plan: Resolved, depth: int) -> int:
+    """As the agent has it: knobs travel where the cloud's own say otherwise of layers to come."""
+    points = record.header.points
+    mine, theirs = (
+        {name: tuple(values) for name, values in knobs.items()}
+        for knobs in (
+            points[record.point(plan.point)].knobs[plan.precision],
+            points[record.point(OWN)].knobs["fp32"],
+        )
+    )
+    travel = Agreed((), mine, theirs, Limits()).knobs_at(depth)
+    sizes = [knob.ByteSize() for knob in knobs_to_pb(travel)]
+    return sum(size + (2 if size < 128 else 3) for size in sizes)  # tag and length before each
 
 
 def cut(record: Record, scenario: Scenario, of: Samples, depth: int, codec: str) -> Cut:
@@ -122,7 +143,7 @@ def cut(record: Record, scenario: Scenario, of: Samples, depth: int, codec: str)
         depth,
         codec,
         encode_ms_N * scenario.devices.slowdown,
-        record.request_CON[depth, place].astype(np.int64) + beside,
+        record.request_CON[depth, place].astype(np.int64) + of.knobs_nbytes_C[depth] + beside,
         record.header.response_nbytes + beside,
         exit_N,
         right_N,

@@ -55,8 +55,11 @@ def maker(plan: Plan, scenario: Scenario, record: Record, resolved: Resolved) ->
     return make
 
 
+_FIRST_PROBES = 4  # as of offramp_edge.plans
+
+
 class _Attention:
-    """As offramp_edge.plans.Attention: a link that was silent for too long is probed."""
+    """As offramp_edge.plans.Attention: a link that is new, or was silent for too long, is probed."""
 
     def __init__(self, world: World, side: Side, probe_s: float) -> None:
         self._world, self._side, self._probe_s = world, side, probe_s
@@ -66,11 +69,15 @@ class _Attention:
         now_s, side = self._world.clock.now_s, self._side
         if not self._probe_s or now_s < self._next_s:
             return
+        assert side.breaker is not None
+        if side.link.transfers < _FIRST_PROBES:
+            if not side.breaker.refusal():
+                self._world.cloud.handshakes.probe(side)
+            return
         age_s = side.link.age_s()
         if age_s < self._probe_s:
             self._next_s = now_s + self._probe_s - age_s
             return
-        assert side.breaker is not None
         if not side.breaker.refusal():
             self._next_s = now_s + self._probe_s
             self._world.cloud.handshakes.probe(side)

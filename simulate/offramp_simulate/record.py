@@ -23,7 +23,7 @@ from offramp_common.bundle import Bundle
 from offramp_common.errors import DataError
 from offramp_common.manifest import Manifest
 
-FORMAT = 1
+FORMAT = 2
 NEVER = "never"
 """The operating point at which no sample leaves early."""
 OWN = "own"
@@ -96,8 +96,9 @@ class Record:
                         not deeper than the cut
     lengths_G, layer_ms_PLG     milliseconds of each layer of the device by length
     encode_ms_OG        of a codec, at the bundle's own split
-    deviation_J         quantiles of a run's time over its median, equally probable: a draw among them
-                        gives the machine's jitter
+    deviation_J         quantiles of a run's time on the device over its median, equally probable: a draw
+                        among them gives the machine's jitter
+    engine_deviation_J  the same of the engine, as many, for one row that comes while nothing else runs
     batches_R, engine_ms_RG     milliseconds of one layer of the engine for R rows of G tokens
     engine_fixed_ms_R   of a run, whatever its layers: joining, copying, answering
     manifest_json       the bundle's manifest, as bytes of JSON: what live planners read of a bundle
@@ -115,6 +116,7 @@ class Record:
     layer_ms_PLG: NDArray[np.float64]
     encode_ms_OG: NDArray[np.float64]
     deviation_J: NDArray[np.float64]
+    engine_deviation_J: NDArray[np.float64]
     batches_R: NDArray[np.float64]
     engine_ms_RG: NDArray[np.float64]
     engine_fixed_ms_R: NDArray[np.float64]
@@ -206,6 +208,7 @@ def _problem(record: Record) -> str:
         "encode_ms_OG": (n_codecs, grid),
         "engine_ms_RG": (rows, grid),
         "engine_fixed_ms_R": (rows,),
+        "engine_deviation_J": record.deviation_J.shape,
     }
     for name, shape in shapes.items():
         if getattr(record, name).shape != shape:

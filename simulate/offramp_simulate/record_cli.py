@@ -42,6 +42,11 @@ def _add_options(add: Callable[..., Any]) -> None:
     ):
         add(name, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
     add(
+        "--wall",
+        action="store_true",
+        help="this machine does nothing else: time by the wall clock instead of by processor time",
+    )
+    add(
         "--through",
         action="append",
         metavar="CODEC",
@@ -96,7 +101,7 @@ def _made(bundle: Any, args: argparse.Namespace) -> Any:
     found = record_build.behaviour(
         bundle, dict(graphs), labelled, points, m.precision, through, say.rows
     )
-    device, engine = _times(bundle, graphs, labelled.texts, args.repeats, timed, say)
+    device, engine = _times(bundle, graphs, labelled.texts, args, timed, say)
     say.done()
     header = Header(
         m.name, m.method, m.n_layers, m.max_tokens, tuple(m.exits),
@@ -108,27 +113,28 @@ def _made(bundle: Any, args: argparse.Namespace) -> Any:
     return Record(
         header, found.tokens_N, labelled.target_N, found.predicted_PNE, found.confidence_PNE,
         found.leaves_PKN, found.request_CON, found.through_QCNE, device.lengths_G,
-        device.layer_ms_PLG, device.encode_ms_OG, device.deviation_J, engine.batches_R,
-        engine.engine_ms_RG, engine.engine_fixed_ms_R, record_build.manifest_bytes(bundle),
+        device.layer_ms_PLG, device.encode_ms_OG, device.deviation_J, engine.deviation_J,
+        engine.batches_R, engine.engine_ms_RG, engine.engine_fixed_ms_R, record_build.manifest_bytes(bundle),
     )  # fmt: skip
 
 
 def _times(
-    bundle: Any, graphs: Any, every: list[Any], repeats: int, timed: dict[str, Any], say: _Progress
+    bundle: Any, graphs: Any, every: list[Any], args: Any, timed: dict[str, Any], say: _Progress
 ) -> tuple[Any, Any]:
     """What the device and the engine take: measured here, where no other record says it."""
     import asyncio
 
-    from offramp_simulate import record_times
+    from offramp_simulate import record_engine, record_times
 
     texts = [text for text in every[:_TEXTS_FOR_OVERHEAD] if isinstance(text, str)]
     if timed["device"] is not None:
         device = record_times.device_from(timed["device"])
     else:
-        device = record_times.device_times(bundle, graphs, texts, repeats, say.step)
+        device = record_times.device_times(bundle, graphs, texts, args.repeats, args.wall, say.step)
     if timed["engine"] is not None:
-        return device, record_times.engine_from(timed["engine"])
-    return device, asyncio.run(record_times.engine_times(bundle, repeats, say.step))
+        return device, record_engine.engine_from(timed["engine"])
+    engine = record_engine.engine_times(bundle, args.repeats, args.wall, say.step)
+    return device, asyncio.run(engine)
 
 
 def _same(bundle: Any, path: Path) -> Any:

@@ -1,21 +1,16 @@
-"""The other half of a record: what the device's layers and the engine take on this machine.
+"""What the device's layers take on this machine, for a record; record_engine.py times the engine.
 
-The engine is timed from outside: `offramp cloud serve --local` in a process of its own is sent batches
-that it runs as one. So this needs no torch here, and what is timed is what runs in production.
-
-What else the machine does is no part of a record. So all is timed by processor time: the device's layers by
-this thread's, the engine by its process's, as Linux counts it to the nanosecond; elsewhere by the engine's
-own word. Of what is left of disturbance the fastest runs are free (the tenth percentile).
+What else the machine does is no part of a record: layers are timed by this thread's processor time, and of
+what is left of disturbance the fastest runs are free (the tenth percentile). On a machine that is known to be
+quiet the wall clock says more: what waking and waiting cost is then part of it.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from time import process_time, thread_time
+from time import perf_counter, process_time, thread_time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +18,14 @@ from numpy.typing import NDArray
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
 from offramp_common.codecs import get_codec
-from offramp_common.frames import encode_frame
+from offramp_common.runner import Layers
 from offramp_common.spec import never_exit
-from offramp_common.transport import Offload, Transport
 from offramp_edge.runtime import OnnxLayers
-from offramp_simulate.processes import Child
 from offramp_simulate.record import Record
 from offramp_simulate.record_build import travelling
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
-BATCHES = (1, 2, 4, 8, 16, 32)
-_DEVIATIONS = 64
-_START_S = 120.0
-_ANSWER_S = 60.0
+DEVIATIONS = 64
 Say = Callable[[str], None]
 
 
@@ -51,16 +41,6 @@ class DeviceTimes:
     machine: str = ""  # where they were measured, if not here
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EngineTimes:
-    """Names and axes as in Record."""
-
-    batches_R: NDArray[np.float64]
-    engine_ms_RG: NDArray[np.float64]
-    engine_fixed_ms_R: NDArray[np.float64]
-    gateway_ms: float
-
-
 def lengths_for(bundle: Bundle) -> tuple[int, ...]:
     """The lengths to time: up to the model's limit, which is one of them."""
     longest = bundle.manifest.max_tokens
@@ -68,23 +48,31 @@ def lengths_for(bundle: Bundle) -> tuple[int, ...]:
 
 
 def device_times(
-    bundle: Bundle, graphs: dict[str, OnnxLayers], texts: list[str], repeats: int, say: Say
+    bundle: Bundle,
+    graphs: dict[str, OnnxLayers],
+    texts: list[str],
+    repeats: int,
+    wall: bool,
+    say: Say,
 ) -> DeviceTimes:
-    """Time every layer of every precision at each length, the codecs, and the agent itself."""
+    """Time every layer of every precision at each length, the codecs, and the agent itself; `wall`: by the
+    wall clock."""
     lengths, own = lengths_for(bundle), bundle.manifest.precision
     layer_ms, deviations = [], []
     for precision, layers in graphs.items():
         table = []
         for length in lengths:
             say(f"device, {precision}, {length} tokens")
-            runs_RL = _layer_runs(bundle, layers, length, repeats)
+            runs_RL = layer_runs(
+                bundle, layers, length, repeats, perf_counter if wall else thread_time
+            )
             table.append(np.median(runs_RL, axis=0))
             if precision == own:
                 totals = runs_RL.sum(axis=1)
                 deviations.append(totals / np.median(totals))
         layer_ms.append(np.stack(table, axis=1))
     layer_ms_PLG = np.stack(layer_ms)
-    shares = (np.arange(_DEVIATIONS) + 0.5) / _DEVIATIONS
+    shares = deviation_shares()
     own_ms_G = layer_ms_PLG[list(graphs).index(own)].sum(axis=0)
     say("the agent, with all layers on the device")
     return DeviceTimes(
@@ -92,106 +80,16 @@ def device_times(
         layer_ms_PLG,
         _encode_ms(bundle, graphs[own], lengths, repeats),
         np.quantile(np.concatenate(deviations), shares),
-        _overhead_ms(bundle, texts, np.array(lengths, float), own_ms_G),
+        overhead_ms(bundle, texts, np.array(lengths, float), own_ms_G, wall),
     )
 
 
-async def engine_times(bundle: Bundle, repeats: int, say: Say) -> EngineTimes:
-    """Time a real engine by batch size and length. ConfigError with its words when it does not start."""
-    from offramp_edge.grpc_transport import GrpcTransport
-
-    say("the engine, starting")
-    arguments = ("--listen", "127.0.0.1:0", "--local", "--insecure")
-    cloud = await Child.start("cloud", "cloud", "serve", "--bundle", str(bundle.path), *arguments)
-    try:
-        ready = await cloud.read(_START_S)
-        transport = GrpcTransport(ready["listening"])
-        try:
-            return await _engine_table(bundle, transport, int(ready["pid"]), repeats, say)
-        finally:
-            await transport.close()
-    finally:
-        await cloud.stop()
-
-
-async def _engine_table(
-    bundle: Bundle, transport: Transport, pid: int, repeats: int, say: Say
-) -> EngineTimes:
-    """Two cuts of the same batch give a layer's time, and what a run takes beside its layers."""
-    lengths, n = lengths_for(bundle), bundle.n_layers
-    deep = n - 1
-    table, fixed, gateway = [], [], []
-    for rows in BATCHES:
-        per_layer, beside = [], []
-        for length in lengths:
-            say(f"engine, {rows} rows of {length} tokens")
-            whole, last, hop = [], [], []
-            for turn in range(repeats + 1):
-                whole_ms, hop_ms = await _asked(bundle, transport, pid, rows, length, 0)
-                last_ms, _ = await _asked(bundle, transport, pid, rows, length, deep)
-                if turn:  # the first of each warms up
-                    whole.append(whole_ms)
-                    last.append(last_ms)
-                    hop.append(hop_ms)
-            layer_ms = max((_fastest(whole) - _fastest(last)) / deep, 1e-3)
-            per_layer.append(layer_ms)
-            beside.append(max(_fastest(whole) - n * layer_ms, 0.0))
-            gateway.append(_fastest(hop))
-        table.append(per_layer)
-        fixed.append(median(beside))
-    engine_ms, rows_R = np.array(table), np.array(BATCHES, float)
-    return EngineTimes(rows_R, engine_ms, np.array(fixed), median(gateway))
-
-
-async def _asked(
-    bundle: Bundle, transport: Transport, pid: int, rows: int, length: int, depth: int
-) -> tuple[float, float]:
-    """(milliseconds of the engine's process, and those of this one beside it)."""
-    acts = _batch(bundle, rows, length, depth)
-    frame = encode_frame(acts, bundle.cuts[depth], "int8")
-    never = never_exit(bundle.manifest.knobs, bundle.n_layers)
-    work = Offload("timing", bundle.manifest.name, bundle.digest(depth), frame, never)
-    there, here = _cpu_s(pid), process_time()
-    done = await asyncio.wait_for(transport.complete(work, timeout_s=_ANSWER_S), _ANSWER_S)
-    beside_ms = 1e3 * (process_time() - here)
-    if there is None:
-        return done.compute_ms + done.queue_ms, beside_ms
-    return 1e3 * ((_cpu_s(pid) or 0.0) - there), beside_ms
-
-
-def _cpu_s(pid: int) -> float | None:
-    """Seconds that all threads of a process have run; None where the system does not say."""
-    total = 0
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            total += int((task / "schedstat").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-    return total / 1e9
-
-
-def _batch(bundle: Bundle, rows: int, length: int, depth: int) -> Activations[NumpyArray]:
-    """Rows without content that may be cut there."""
-    cut = bundle.cuts[depth]
-    if cut.integer:
-        hidden = np.ones((rows, length, cut.width), np.int64)
-    else:
-        hidden = np.random.default_rng(0).normal(size=(rows, length, cut.width)).astype(np.float32)
-    state = {
-        name: np.zeros((rows, *entry.shape), entry.dtype)
-        for name, entry in cut.state.items()
-        if not entry.per_token
-    }
-    per_token = {
-        name: np.zeros((rows, length, *entry.shape), entry.dtype)
-        for name, entry in cut.state.items()
-        if entry.per_token
-    }
-    return Activations(hidden, np.full(rows, length), depth, state, per_token)
-
-
-def _layer_runs(
-    bundle: Bundle, layers: OnnxLayers, length: int, repeats: int
+def layer_runs(
+    bundle: Bundle,
+    layers: Layers[NumpyArray],
+    length: int,
+    repeats: int,
+    clock: Callable[[], float],
 ) -> NDArray[np.float64]:
     """(repeats, L): milliseconds of each layer in each run, one run before them not counted."""
     ids = np.ones((1, length, bundle.cuts[0].width), np.int64)
@@ -201,9 +99,9 @@ def _layer_runs(
     for turn in range(repeats + 1):
         acts = start
         for layer in range(bundle.n_layers):
-            began = thread_time()
+            began = clock()
             acts = layers.step(acts, knobs).acts
-            runs[turn, layer] = 1e3 * (thread_time() - began)
+            runs[turn, layer] = 1e3 * (clock() - began)
     return runs[1:]
 
 
@@ -230,25 +128,38 @@ def _encode_ms(
     return table
 
 
-def _overhead_ms(
-    bundle: Bundle, texts: list[str], lengths_G: NDArray[np.float64], all_ms_G: NDArray[np.float64]
+def overhead_ms(
+    bundle: Bundle,
+    texts: list[str],
+    lengths_G: NDArray[np.float64],
+    all_ms_G: NDArray[np.float64],
+    wall: bool,
+    layers: Layers[NumpyArray] | None = None,
 ) -> float:
-    """What the real agent takes for a sample beside its layers: tokenizing, threads, bookkeeping."""
+    """What the real agent takes for a sample beside its layers: tokenizing, threads, bookkeeping. `all_ms_G`
+    is what all layers take (of `layers`, where the worker is not to have its own)."""
     from offramp_common.text import TextEncoder
     from offramp_edge.worker import EdgeWorker
 
     encode, over = TextEncoder(bundle), []
-    with EdgeWorker(bundle, exits=False) as worker:
+    with EdgeWorker(bundle, layers=layers, exits=False) as worker:
         for text in texts:
             layers_ms = float(np.interp(encode([text]).n_tokens, lengths_G, all_ms_G))
             began = process_time()
-            worker.answer(text)
-            over.append(1e3 * (process_time() - began) - layers_ms)
-    return max(_fastest(over), 0.0)
+            ms = worker.answer(text).ms
+            over.append((ms if wall else 1e3 * (process_time() - began)) - layers_ms)
+    return max(typical(over, wall), 0.0)
 
 
-def _fastest(values: list[float]) -> float:
-    return float(np.quantile(values, 0.1))
+def typical(values: list[float], wall: bool) -> float:
+    """The median on a quiet machine; else the tenth percentile, which others have not disturbed."""
+    return float(np.quantile(values, 0.5 if wall else 0.1))
+
+
+def deviation_shares() -> NDArray[np.float64]:
+    """At which quantiles deviations are kept."""
+    shares: NDArray[np.float64] = (np.arange(DEVIATIONS) + 0.5) / DEVIATIONS
+    return shares
 
 
 def device_from(other: Record) -> DeviceTimes:
@@ -260,11 +171,4 @@ def device_from(other: Record) -> DeviceTimes:
         other.deviation_J,
         other.header.overhead_ms,
         other.header.machine,
-    )
-
-
-def engine_from(other: Record) -> EngineTimes:
-    """The same of the engine, perhaps of another machine: how a GPU's times come into a record."""
-    return EngineTimes(
-        other.batches_R, other.engine_ms_RG, other.engine_fixed_ms_R, other.header.gateway_ms
     )

@@ -79,6 +79,7 @@ def render(result: dict[str, Any], scenario: Scenario, record: Record) -> str:
         .replace("<!--ABOUT-->", escape(scenario.about))
         .replace("<!--SUBTITLE-->", _subtitle(result))
         .replace("<!--MODELLED-->", _modelled())
+        .replace("<!--VALIDATED-->", validated())
         .replace("<!--SCRIPTS-->", f"<script>const DATA={text};</script>{scripts}")
     )
 
@@ -91,6 +92,59 @@ def _subtitle(result: dict[str, Any]) -> str:
         f"({record['data']}, {record['bundle']}, {record['method']}, {record['precision']}); times from "
         f"{record['machine']}; seed {result['scenario']['seed']}"
     )
+
+
+_BAR_WORDS = {
+    "p50": "median",
+    "p95": "95th percentile",
+    "bytes": "bytes",
+    "exits": "exit shares",
+    "sent": "share sent",
+    "missed": "deadline misses",
+}
+
+
+def validated() -> str:
+    """What `make validate` last found: of the live system's cells, how many the simulator met, and how far
+    off it was. The file is written by benchmarks/validate.py."""
+    found = json.loads(_part("validation.json"))
+    head = [
+        "against the live system",
+        "bar",
+        "cells within it",
+        "held out",
+        "median error",
+        "largest",
+    ]
+    rows = [_bar_row(name, bar, found["cells"]) for name, bar in found["bars"].items()]
+    cells = "".join(f"<th>{escape(word)}</th>" for word in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(word)}</td>" for word in row) + "</tr>" for row in rows
+    )
+    held = sum(cell["held_out"] for cell in found["cells"])
+    about = (
+        f"Measured {' and '.join(found['days'])} in {len(found['cells'])} cells, {held} of them held out "
+        f"while the model was tuned; {found['machine']}; the device slowed. Links that go away are told "
+        "least well."
+    )
+    return (
+        f"<div class='scroll'><table class='words'><tr>{cells}</tr>{body}</table></div>"
+        f"<p class='soft'>{escape(about)}</p>"
+    )
+
+
+def _bar_row(name: str, bar: float, cells: list[dict[str, Any]]) -> list[str]:
+    unit = "%" if name in ("p50", "p95", "bytes") else "points"
+    errors = sorted(abs(cell[f"{name}_error"]) for cell in cells)
+    met = [name not in cell["misses"] for cell in cells]
+    held = [ok for ok, cell in zip(met, cells, strict=True) if cell["held_out"]]
+    return [
+        _BAR_WORDS[name],
+        f"{100 * bar:g} {unit}",
+        f"{sum(met)} of {len(met)}",
+        f"{sum(held)} of {len(held)}",
+        *(f"{100 * error:.1f} {unit}" for error in (errors[len(errors) // 2], errors[-1])),
+    ]
 
 
 def _modelled() -> str:

@@ -70,6 +70,7 @@ class LinkChoice:
     markov_mbps, markov_s   uplink rates, and how long each lasts on average; the next one is any other
     shared         all devices share one link, as in a cell; false: one each
     same_phase     traces start at the same place for every device; false: each at a place of its own
+    trace_start_s  how far into the trace a run begins, for a single device or with same_phase
     tcp            each connection has TCP's window, slow start after idle, and recovery of losses
     loss, loss_burst   share of packets lost, and how many in a row on average (0: one by one); with tcp
     beside_nbytes  what HTTP/2, gRPC and TLS put beside each message
@@ -91,7 +92,8 @@ class LinkChoice:
     loss_burst: float = 0.0
     shared: bool = False
     same_phase: bool = False
-    beside_nbytes: int = 62
+    trace_start_s: float = 0.0
+    beside_nbytes: int = 80
 
     def __post_init__(self) -> None:
         if self.profile and self.profile not in PROFILES:
@@ -100,7 +102,7 @@ class LinkChoice:
             above(getattr(self, name), 0, name)
         if self.loss and not self.tcp:
             raise ConfigError("loss without tcp: nothing sends a lost packet again; set tcp = true")
-        for name in ("rtt_ms", "jitter_ms", "loss_burst"):
+        for name in ("rtt_ms", "jitter_ms", "loss_burst", "trace_start_s"):
             at_least(getattr(self, name), 0, name)
         above(self.downlink_factor, 0, "downlink_factor")
         at_least(self.beside_nbytes, 0, "beside_nbytes")

@@ -32,7 +32,6 @@ from offramp_simulate.world_parts import DONE, Flight, KernelClock, Side
 
 _FLUSH = 8192
 _DRAWN = 1024
-_PROBE_TOKENS = 16  # as the live session's
 _COLUMNS: tuple[type, ...] = (
     np.float64, np.float64, np.int64, np.int8, np.int8, np.int64, np.int64, np.bool_, np.int64,
     np.int64, np.float64,
@@ -75,7 +74,7 @@ class World:
         self._cell = self._shapers(0) if scenario.link.shared else None
         self._outstanding = self._taken = 0
         self._drawn: Iterator[tuple[int, float, float]] = iter(())
-        self._probe_sample = int(np.argmin(np.abs(self.of.tokens_N - _PROBE_TOKENS)))
+        self._probe_nbytes: dict[int, int] = {}
         self.right = self.of.right_NE.tolist()
         self.columns = {depth: place for place, depth in enumerate(self.of.exits)}
         self.device = OnDevice(self)
@@ -175,20 +174,20 @@ class World:
         """The device computed so long for a sample that is answered already."""
         self._tally.wasted(ms)
 
-    @property
-    def probe_nbytes(self) -> int:
-        """Of a probe's request: a short sample's hidden states."""
-        return self.cut_at(self._probe_depth, "")[1][self._probe_sample]
+    def probe_nbytes(self, tokens: int) -> int:
+        """Of a probe's request, hidden states of so many tokens: on a line through the samples' own."""
+        if tokens not in self._probe_nbytes:
+            up_N, tokens_N = self.cut_at(self._probe_depth, "")[0].up_N, self.of.tokens_N
+            slope, start = 0.0, float(up_N[0])
+            if len(set(tokens_N.tolist())) > 1:
+                slope, start = np.polyfit(tokens_N, up_N, 1).tolist()
+            self._probe_nbytes[tokens] = max(round(start + slope * tokens), 1)
+        return self._probe_nbytes[tokens]
 
     @property
-    def probe_work(self) -> tuple[int, int]:
-        """(layers, tokens) that a probe has the cloud run."""
-        return self.of.n_layers - self._probe_depth, _PROBE_TOKENS
-
-    @property
-    def probe_s(self) -> float:
-        """What the engine takes for a probe when nothing else waits."""
-        return self.farm.times.alone_s(*self.probe_work)
+    def probe_layers(self) -> int:
+        """That a probe has the cloud run."""
+        return self.of.n_layers - self._probe_depth
 
     def probed(self, nbytes: int) -> None:
         """Bytes that no answer was asked for."""

@@ -155,12 +155,13 @@ class InCloud:
         if flight.stage != AIR or flight.trip != trip:
             return
         fault = self.faults.now("link")
-        if fault is not None:
-            if fault.how == "refused":
-                self.lose(flight, "unavailable")
-            return  # else it is gone, and only time tells
+        if fault is not None and fault.how == "refused":
+            self.lose(flight, "unavailable")
+            return
         nbytes = self._world.cut_at(flight.cut, flight.codec)[1][flight.sample]
         flight.up_nbytes += nbytes
+        if fault is not None:
+            return  # it is gone, and only time tells
         flight.side.up.send(nbytes, self._clock.now_s, self._at_gateway, flight, trip)
 
     def _at_gateway(self, flight: Flight, trip: int) -> None:
@@ -272,9 +273,8 @@ class InCloud:
         if side.at_air.pop(flight.number, None) is not None:
             breaker.at_work -= 1
             if flight.job is not None and flight.job is not LOST:
-                flight.job.wanted_s = (
-                    -math.inf
-                )  # cancelled: the engine drops it if it has not begun
+                # Cancelled: the engine drops it if it has not begun.
+                flight.job.wanted_s = -math.inf
             flight.stage = RETRY
             self._land(side)
 

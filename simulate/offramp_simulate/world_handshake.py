@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _DOUBT_S = 1.0  # as in the live session
 _FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS = 500.0, 5
 _CONNECT_ROUND_TRIPS = 3  # TCP, TLS, the handshake
+_PROBE_TOKENS = (16, 1)  # in turns, as in the live session
 
 
 class Handshakes:
@@ -64,26 +65,30 @@ class Handshakes:
         if self._cloud.faults or side.probing:
             return
         side.probing = True
-        nbytes = self._world.probe_nbytes
-        now_s, engine_s = self._clock.now_s, self._world.probe_s
+        tokens = _PROBE_TOKENS[side.probes % len(_PROBE_TOKENS)]
+        side.probes += 1
+        nbytes = self._world.probe_nbytes(tokens)
+        engine_s = self._world.farm.times.alone_s(self._world.probe_layers, tokens)
+        now_s = self._clock.now_s
         transfer = side.link.sent(nbytes - self._world.scenario.link.beside_nbytes, 1e3 * engine_s)
         self._world.probed(nbytes + self._cloud.down_nbytes)
-        side.up.send(nbytes, now_s, self._probe_there, side, transfer, engine_s)
+        side.up.send(nbytes, now_s, self._probe_there, side, transfer, tokens, engine_s)
 
-    def _probe_there(self, side: Side, transfer: Transfer, engine_s: float) -> None:
+    def _probe_there(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
         back_s = self._clock.now_s + 2 * self._cloud.hop_s + engine_s
-        self._world.at(back_s, self._probe_back, side, transfer, engine_s)
+        self._world.at(back_s, self._probe_back, side, transfer, tokens, engine_s)
 
-    def _probe_back(self, side: Side, transfer: Transfer, engine_s: float) -> None:
+    def _probe_back(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
         nbytes = self._cloud.down_nbytes
-        side.down.send(nbytes, self._clock.now_s, self._probe_ends, side, transfer, engine_s)
+        side.down.send(
+            nbytes, self._clock.now_s, self._probe_ends, side, transfer, tokens, engine_s
+        )
 
-    def _probe_ends(self, side: Side, transfer: Transfer, engine_s: float) -> None:
+    def _probe_ends(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
         side.probing = False
         side.link.answered(transfer, 1e3 * engine_s)
         # The cloud reports what a probe took as it does for a sample.
-        layers, tokens = self._world.probe_work
-        side.cloud_times.ran(layers, tokens, 0.0, 1e3 * engine_s)
+        side.cloud_times.ran(self._world.probe_layers, tokens, 0.0, 1e3 * engine_s)
 
     def _pause(self, side: Side) -> None:
         breaker = side.breaker
@@ -127,7 +132,12 @@ class Handshakes:
         else:
             takes_s = max(_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS * 1e3 * cloud.rtt_s)
             takes_s = min(takes_s, self._agent.probe_timeout_ms) / 1e3
-            self._world.at(now_s + takes_s, self._replied, side, "timeout")
+            heals_s = fault.at_s + fault.for_s + cloud.rtt_s + 2 * cloud.hop_s
+            if fault.what == "link" and heals_s < now_s + takes_s:
+                # Its packets wait, or are sent again, and come through when the link is back.
+                self._world.at(heals_s, self._replied, side, "")
+            else:
+                self._world.at(now_s + takes_s, self._replied, side, "timeout")
 
     def _replied(self, side: Side, reason: str) -> None:
         breaker = side.breaker

@@ -79,13 +79,14 @@ class Side:
 
     __slots__ = (
         "air", "asking", "at_air", "breaker", "budget", "busy", "cloud_times", "down", "greeted_s",
-        "hedges", "in_flight", "learns", "link", "number", "planner", "probing", "queued",
+        "hedges", "in_flight", "learns", "link", "number", "planner", "probes", "probing", "queued",
         "samples", "times", "up", "usual", "usual_s", "wait_missed",
     )  # fmt: skip
 
     def __init__(self, number: int, up: Line, down: Line, share: float, clock: KernelClock) -> None:
         self.number, self.up, self.down = number, up, down
         self.busy = self.probing = False
+        self.probes = 0
         self.samples: deque[Flight] = deque()
         self.hedges: list[tuple[int, Flight]] = []
         self.air = self.in_flight = 0

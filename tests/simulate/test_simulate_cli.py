@@ -84,6 +84,29 @@ def test_the_report_is_one_file_that_asks_for_nothing(scenario: Path, tmp_path: 
     assert "<link" not in page
 
 
+def test_every_report_says_how_far_off_the_live_system_the_simulator_was(
+    scenario: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    assert main(["simulate", str(scenario), "--report", str(report), "--workers", "1"]) == OK
+    page = report.read_text()
+    assert "against the live system" in page
+    assert "of 17</td>" in page
+    assert "held out while the model was tuned" in page
+
+
+def test_the_cells_are_a_parquet_table_too(scenario: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path, plain = tmp_path / "cells.parquet", tmp_path / "cells.json"
+    arguments = ["simulate", str(scenario), "--parquet", str(path), "--json", str(plain)]
+    assert main([*arguments, "--workers", "1"]) == OK
+    rows = parquet.read_table(path).to_pylist()
+    cells = json.loads(plain.read_text())["cells"]
+    assert [row["plan"] for row in rows] == [cell["plan"] for cell in cells]
+    assert [row["ms.p95"] for row in rows] == [cell["ms"]["p95"] for cell in cells]
+    assert {row["values.link.rtt_ms"] for row in rows} == {20, 200}
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

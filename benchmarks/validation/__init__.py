@@ -1,0 +1,1 @@
+"""Live system against simulator, cell by cell: see benchmarks/validate.py."""
