@@ -116,14 +116,22 @@ def _children() -> set[int]:
     for task in tasks.iterdir() if tasks.is_dir() else ():
         with contextlib.suppress(OSError):  # a thread that ends meanwhile takes its entry with it
             listed += (task / "children").read_text().split()
-    return {int(pid) for pid in listed if _command_of(int(pid))}
+    return {int(pid) for pid in listed if _runs(int(pid))}
+
+
+def _runs(pid: int) -> bool:
+    """Not a zombie. A process that has just been started has no command line for a moment, but a state."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _command_of(pid: int) -> str:
-    """The command line; empty for a process that has ended (a zombie has none either)."""
+    """The command line; empty for a process that has ended."""
     try:
-        return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        )
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return ""
+    return command.replace(b"\0", b" ").decode(errors="replace")
