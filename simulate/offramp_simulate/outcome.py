@@ -77,9 +77,7 @@ def write_parquet(result: Result, path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ConfigError(
-            "--parquet: needs pyarrow; install it with: pip install pyarrow"
-        ) from None
+        raise ConfigError("--parquet: needs pyarrow: pip install 'offramp[parquet]'") from None
     rows = [_flat(cell) for cell in result["cells"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}

@@ -42,7 +42,7 @@ def add_simulate_command(subparsers: Any) -> None:
     add("--seed", type=int, metavar="N", help="instead of the scenario's own")
     add("--requests", type=int, metavar="N", help="instead of the scenario's own")
     add("--json", metavar="FILE", help="write every number to FILE (- for standard output)")
-    add("--parquet", type=Path, metavar="FILE", help="the cells as a table; needs pyarrow")
+    add("--parquet", type=Path, metavar="FILE", help="the cells as a table; needs offramp[parquet]")
     add("--report", type=Path, metavar="FILE.html", help="write one page that needs nothing else")
     add(
         "--workers",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from made_record import made_record
 
@@ -96,11 +97,10 @@ def test_every_report_says_how_far_off_the_live_system_the_simulator_was(
 
 
 def test_the_cells_are_a_parquet_table_too(scenario: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
     path, plain = tmp_path / "cells.parquet", tmp_path / "cells.json"
     arguments = ["simulate", str(scenario), "--parquet", str(path), "--json", str(plain)]
     assert main([*arguments, "--workers", "1"]) == OK
-    rows = parquet.read_table(path).to_pylist()
+    rows = pyarrow.parquet.read_table(path).to_pylist()
     cells = json.loads(plain.read_text())["cells"]
     assert [row["plan"] for row in rows] == [cell["plan"] for cell in cells]
     assert [row["ms.p95"] for row in rows] == [cell["ms"]["p95"] for cell in cells]
