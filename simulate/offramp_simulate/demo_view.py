@@ -131,7 +131,7 @@ def fell_back(rows: Sequence[Record]) -> list[str]:
             if name.startswith(FALLBACK)
         ]
         if whys:
-            lines.append(f"{row['title']}: the cloud could not answer {', '.join(whys)}")
+            lines.append(f"{row['title']}: the cloud did not answer: {', '.join(whys)}")
     return lines
 
 

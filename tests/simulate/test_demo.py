@@ -96,7 +96,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_escapes_what_users_wrote(
     assert page.count("<figure>") == 4
     assert "50.0%" in page
     assert "sent after layer 1 as int4" in page
-    assert "the planner: the cloud could not answer timeout 1" in page
+    assert "the planner: the cloud did not answer: timeout 1" in page
 
 
 @pytest.mark.parametrize(
