@@ -100,7 +100,7 @@ async def _live(bundle: Bundle, data: Path, cells: list[Cell], args: argparse.Na
         return
     with tempfile.TemporaryDirectory(prefix="offramp-validate-") as folder:
         async with cloud_of(place, Path(folder)) as ready:
-            await _warm(ready, missing[0])
+            await _warm(ready)
             for number, cell in enumerate(missing, start=1):
                 if time.monotonic() > ends_s:
                     print(
@@ -135,7 +135,7 @@ async def _record(bundle: Bundle, data: Path, samples: int, args: argparse.Names
     made.save(args.out / RECORD)
 
 
-async def _warm(place: Place, cell: Cell) -> None:
+async def _warm(place: Place) -> None:
     """The engine's first passes are start-up, not latency."""
     await live.run(place, CELLS[0], CELLS[0].scenario(30))
 

@@ -33,10 +33,9 @@ from typing import Any
 
 from planner_cells import DATA, LINKS, LOADS, LinkCell, Load, Model, PlanCell, plans
 
-from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
 from offramp_common.cli import write_json
-from offramp_common.runner import Knobs, Layers, Step, run
+from offramp_common.runner import run
 from offramp_common.text import TextEncoder
 from offramp_edge import EdgeWorker
 from offramp_edge.runtime import OnnxLayers
@@ -44,29 +43,10 @@ from offramp_simulate.processes import Child
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
+from slowed import Slowed
 
 ROOT = Path(__file__).parents[2]
 _LONGEST_S = 60.0  # for one block
-_FEWEST_TOKENS = 16
-
-
-class Slowed:
-    """Layers that take `layer_ms` each, by sleeping for what is left of it."""
-
-    def __init__(self, layers: Layers[NumpyArray], layer_ms: float) -> None:
-        self._layers, self._layer_s = layers, layer_ms / 1000
-        self.n_layers = layers.n_layers
-
-    def step(self, acts: Activations[NumpyArray], knobs: Knobs) -> Step[NumpyArray]:
-        until_s = (
-            time.perf_counter()
-            + self._layer_s * max(acts.n_tokens, _FEWEST_TOKENS) / _FEWEST_TOKENS
-        )
-        step = self._layers.step(acts, knobs)
-        left_s = until_s - time.perf_counter()
-        if left_s > 0:
-            time.sleep(left_s)
-        return step
 
 
 @dataclass

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from offramp_simulate.record import Record
 from validation import predicted
 from validation.cells import WARM_UP, Cell
@@ -41,7 +43,7 @@ def facts(runs: Sequence[dict[str, Any]], n_layers: int, deadline_ms: float) -> 
     """What is compared. Bytes count every request, warm-up included, a request on average."""
     every = [row for run in runs for row in run["rows"]]
     rows = [row for run in runs for row in run["rows"][WARM_UP:]]
-    n, ms = len(rows), sorted(row[1] for row in rows)
+    n, ms = len(rows), [row[1] for row in rows]
     exits = [sum(row[4] == depth for row in rows) / n for depth in range(1, n_layers + 1)]
     nbytes = sum(run["bytes_up"] + run["bytes_down"] + run.get("probes", 0) for run in runs)
     sent = [row[1] for row in rows if row[5] < n_layers]
@@ -49,7 +51,7 @@ def facts(runs: Sequence[dict[str, Any]], n_layers: int, deadline_ms: float) -> 
         "n": n,
         "p50": quantile(ms, 0.50),
         "p95": quantile(ms, 0.95),
-        "sent_p50": quantile(sorted(sent), 0.50),
+        "sent_p50": quantile(sent, 0.50),
         "bytes": nbytes / len(every),
         "exits": exits,
         "sent": len(sent) / n,
@@ -59,14 +61,9 @@ def facts(runs: Sequence[dict[str, Any]], n_layers: int, deadline_ms: float) -> 
     }
 
 
-def quantile(ordered: Sequence[float], share: float) -> float:
+def quantile(values: Sequence[float], share: float) -> float:
     """Between neighbours in proportion; NaN of none."""
-    if not ordered:
-        return math.nan
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+    return float(np.quantile(values, share)) if values else math.nan
 
 
 def differences(said: Facts, measured: Facts) -> dict[str, float]:

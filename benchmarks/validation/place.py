@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from slowed import Slowed
 
 from offramp_common import certs
-from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
-from offramp_common.runner import Knobs, Layers, Step
 from offramp_common.text import Text
 from offramp_edge import EdgeWorker
 from offramp_edge.runtime import OnnxLayers
@@ -24,26 +23,7 @@ from offramp_simulate.record_times import deviation_shares, layer_runs, overhead
 from validation.cells import LAYER_MS
 
 DEVICE = "validated-device"
-_FEWEST_TOKENS = 16
 _START_S = 120.0
-
-
-class Slowed:
-    """Real layers, each followed by a sleep until LAYER_MS are over: a slow device that takes no processor
-    time from the cloud beside it."""
-
-    def __init__(self, layers: Layers[NumpyArray], layer_ms: float = LAYER_MS) -> None:
-        self._layers, self._layer_s = layers, layer_ms / 1000
-        self.n_layers = layers.n_layers
-
-    def step(self, acts: Activations[NumpyArray], knobs: Knobs) -> Step[NumpyArray]:
-        share = max(acts.n_tokens, _FEWEST_TOKENS) / _FEWEST_TOKENS
-        until_s = time.perf_counter() + self._layer_s * share
-        step = self._layers.step(acts, knobs)
-        left_s = until_s - time.perf_counter()
-        if left_s > 0:
-            time.sleep(left_s)
-        return step
 
 
 @dataclass(frozen=True)
@@ -108,4 +88,4 @@ def of_slowed(record: Record, bundle: Bundle, layers: Slowed, texts: list[Text])
 
 
 def slowed(bundle: Bundle) -> Slowed:
-    return Slowed(OnnxLayers(bundle, bundle.manifest.precision))
+    return Slowed(OnnxLayers(bundle, bundle.manifest.precision), LAYER_MS)

@@ -22,7 +22,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Replicas = Mapping[tuple[str, str], Replica]
-"""(bundle, process id) -> what that replica last answered to a probe."""
+"""(bundle, the replica's name) -> what that replica last answered to a probe."""
 
 
 class Metrics:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from offramp_common.bundle import Bundle
 from offramp_common.clock import Clock
 from offramp_edge.baselines import SplitBandit, static_rule
 from offramp_edge.device import Device
 from offramp_edge.forecast import foreseen
+from offramp_edge.link import Link
 from offramp_edge.menu import EncodeTimes, Menu, time_codecs, within
 from offramp_edge.planner import AutoPlanner, World
 from offramp_edge.planning import FixedPlan, Planner
@@ -67,13 +69,27 @@ _FIRST_PROBES = 4
 """Before so many transfers a guess is all there is, and a bad guess would keep every sample here."""
 
 
+class Probed(Protocol):
+    """What is asked of a session with the cloud: the live one, and the simulator's."""
+
+    @property
+    def link(self) -> Link: ...
+
+    def codecs(self) -> tuple[str, ...]: ...
+
+    def worth_asking(self) -> bool: ...
+
+    def probe(self) -> None:
+        """Nothing while another is in the air, or where the cloud may not be asked."""
+
+
 class Attention:
     """What is done when a planner is asked, which is when samples come: it learns which codecs the cloud has,
     and a link that is new, or has been silent for too long, is probed."""
 
     def __init__(
         self,
-        session: CloudSession,
+        session: Probed,
         menu: Menu,
         probe_s: float,
         clock: Clock,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from offramp_edge.menu import EncodeTimes, Menu, within
 from offramp_edge.planner import AutoPlanner
 from offramp_edge.planner import World as Believed
 from offramp_edge.planning import Planner
-from offramp_edge.plans import objective_of
+from offramp_edge.plans import Attention, objective_of
 from offramp_edge.settings import NEUROSURGEON, SPINN, SPLITEE, EdgeSettings, plan_for
 from offramp_simulate.device_model import Resolved
 from offramp_simulate.record import NEVER, OWN, Record
@@ -36,7 +37,9 @@ def maker(plan: Plan, scenario: Scenario, record: Record, resolved: Resolved) ->
     allowed, times = within(bundle, settings.max_codec_cost, only), _encode_times(record, scenario)
     # The recorded codecs are those whose bytes and answers are known.
     menu = Menu(bundle, live.depths, allowed, times, {} if resolved.point == OWN else live.knobs)
-    menu.share((*record.header.codecs, "tokens"))
+    shared = (*record.header.codecs, "tokens")
+    menu.share(shared)
+    probe_s = settings.probe_ms / 1000
 
     def make(world: World, side: Side) -> Planner:
         def layer_times() -> LayerTimes:
@@ -49,38 +52,34 @@ def maker(plan: Plan, scenario: Scenario, record: Record, resolved: Resolved) ->
             planner: AutoPlanner = static_rule(plan.planner, menu, seen, believed)
         else:
             planner = AutoPlanner(menu, seen, believed, objective_of(settings))
-        planner.on_asked = _Attention(world, side, settings.probe_ms / 1e3).asked
+        session = _Session(world, side, shared)
+        planner.on_asked = Attention(session, menu, probe_s, world.clock, _at_once).asked
         return planner
 
     return make
 
 
-_FIRST_PROBES = 4  # as of offramp_edge.plans
+class _Session:
+    """A device's session with the cloud, as far as offramp_edge.plans.Attention looks at it."""
+
+    def __init__(self, world: World, side: Side, codecs: tuple[str, ...]) -> None:
+        self._world, self._side, self._codecs = world, side, codecs
+        self.link = side.link
+
+    def codecs(self) -> tuple[str, ...]:
+        return self._codecs
+
+    def worth_asking(self) -> bool:
+        assert self._side.breaker is not None
+        return not self._side.breaker.refusal()
+
+    def probe(self) -> None:
+        if self.worth_asking():
+            self._world.cloud.handshakes.probe(self._side)
 
 
-class _Attention:
-    """As offramp_edge.plans.Attention: a link that is new, or was silent for too long, is probed."""
-
-    def __init__(self, world: World, side: Side, probe_s: float) -> None:
-        self._world, self._side, self._probe_s = world, side, probe_s
-        self._next_s = float("-inf")
-
-    def asked(self) -> None:
-        now_s, side = self._world.clock.now_s, self._side
-        if not self._probe_s or now_s < self._next_s:
-            return
-        assert side.breaker is not None
-        if side.link.transfers < _FIRST_PROBES:
-            if not side.breaker.refusal():
-                self._world.cloud.handshakes.probe(side)
-            return
-        age_s = side.link.age_s()
-        if age_s < self._probe_s:
-            self._next_s = now_s + self._probe_s - age_s
-            return
-        if not side.breaker.refusal():
-            self._next_s = now_s + self._probe_s
-            self._world.cloud.handshakes.probe(side)
+def _at_once(call: Callable[[], None]) -> None:
+    call()
 
 
 def _settings(plan: Plan, scenario: Scenario, record: Record, resolved: Resolved) -> EdgeSettings:

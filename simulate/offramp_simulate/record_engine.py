@@ -10,7 +10,6 @@ a processor's caches have lost meanwhile is part of its time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,14 +25,13 @@ from offramp_common.spec import never_exit
 from offramp_common.transport import Offload, Transport
 from offramp_simulate.processes import Child
 from offramp_simulate.record import Record
-from offramp_simulate.record_times import deviation_shares, lengths_for, typical
+from offramp_simulate.record_times import Say, deviation_shares, lengths_for, typical
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 _START_S = 120.0
 _ANSWER_S = 60.0
 _PAUSE_S = 0.05
 _USUAL_TOKENS = 16
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from offramp_simulate.faults import Fault, Kind
 from offramp_simulate.links import PROFILES, LinkProfile
@@ -28,12 +29,14 @@ class RoughLink:
     faults: tuple[Fault, ...] = ()
 
 
+@cache
 def _lossy() -> RoughLink:
     """A loaded cell with 4 % of packets lost in runs of three, and jitter."""
     loss = GilbertElliott.of(0.04, 3.0)
     return RoughLink(replace(PROFILES["lte"], name="lossy", jitter_ms=10.0, loss=loss))
 
 
+@cache
 def _flaky() -> RoughLink:
     """Every five seconds or so the network is gone: silence, a stall, or connections that are reset."""
     return RoughLink(replace(PROFILES["lte"], name="flaky"), tuple(_flaps(2)))
@@ -57,10 +60,12 @@ def _moving(
     return RoughLink(LinkProfile.from_trace(trace, rtt_ms=rtt_ms, downlink_factor=down))
 
 
+@cache
 def _train_3g() -> RoughLink:
     return _moving("train-3g", (1.2, 0.5, 0.12, 0.0), (6.0, 5.0, 3.0, 1.5), 120.0, 3.0)
 
 
+@cache
 def _car_lte() -> RoughLink:
     return _moving("car-lte", (12.0, 4.0, 0.8, 0.1), (8.0, 6.0, 3.0, 0.7), 50.0, 4.0)
 
@@ -71,4 +76,4 @@ ROUGH_LINKS: dict[str, Callable[[], RoughLink]] = {
     "train-3g": _train_3g,
     "car-lte": _car_lte,
 }
-"""Made when asked for: drawing a course takes a moment."""
+"""Made when first asked for: drawing a course takes a moment."""

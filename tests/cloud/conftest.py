@@ -49,11 +49,16 @@ def tls_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cloud(bundle: Bundle, tls_dir: Path) -> Iterator[Served]:
-    """`offramp cloud serve` with two replicas in a Ray of its own, for the whole run."""
+def may_use_ray() -> None:
+    """Skipped where it is not installed or not wanted."""
     if os.environ.get("OFFRAMP_NO_RAY"):
         pytest.skip("OFFRAMP_NO_RAY is set")
     pytest.importorskip("ray", reason="pip install 'offramp[cloud]'")
+
+
+@pytest.fixture(scope="session")
+def ray_cloud(may_use_ray: None, bundle: Bundle, tls_dir: Path) -> Iterator[Served]:
+    """`offramp cloud serve` with two replicas in a Ray of its own, for the whole run."""
     arguments = ["--bundle", str(bundle.path), "--tls-dir", str(tls_dir), "--replicas", "2"]
     arguments += ["--metrics", "127.0.0.1:0"]
     with serving(arguments) as served:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +20,10 @@ _CHANGES_S = 90.0  # a new process imports torch, on a machine that has other wo
 
 
 @pytest.fixture(scope="module")
-def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Served]]:
+def elastic(
+    may_use_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[World, Served]]:
     """One replica, two at most. A Ray of its own: that of the other tests has a fixed number."""
-    if os.environ.get("OFFRAMP_NO_RAY"):
-        pytest.skip("OFFRAMP_NO_RAY is set")
-    pytest.importorskip("ray", reason="pip install 'offramp[cloud]'")
     path: Path = tmp_path_factory.mktemp("elastic") / "toy"
     world = World(toy_bundle(path, "deebert", n_layers=4))
     arguments = ["--bundle", str(path), "--insecure", "--metrics", "127.0.0.1:0", "--cpus", "0.1"]

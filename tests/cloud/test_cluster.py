@@ -6,7 +6,6 @@ benchmarks/cluster_life.py does it, and here it is asked for fewer requests than
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cluster_life.py"
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def stages(
+    may_use_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What became of each stage."""
-    if os.environ.get("OFFRAMP_NO_RAY"):
-        pytest.skip("OFFRAMP_NO_RAY is set")
-    pytest.importorskip("ray", reason="pip install 'offramp[cloud]'")
     path = tmp_path_factory.mktemp("life") / "life.json"
     command = [sys.executable, str(SCRIPT), "--requests", "1500", "--settle-s", "1"]
     ended = subprocess.run(
