@@ -16,7 +16,8 @@ def read_rows(path: Path) -> list[Row]:
     """The first line that is not blank decides: with "{" at its start it is JSONL. Blank lines are left out.
     Raises DataError, naming file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold the other Unicode line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

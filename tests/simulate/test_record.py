@@ -17,6 +17,7 @@ from offramp_common.runner import Layers, run
 from offramp_common.text import TextEncoder
 from offramp_edge.runtime import OnnxLayers
 from offramp_simulate import record_build
+from offramp_simulate.labelled import field, read_rows
 from offramp_simulate.record import NEVER, OWN, Record
 from offramp_simulate.record_build import behaviour, points_of, read_labelled
 
@@ -116,6 +117,14 @@ def test_labels_that_the_bundle_does_not_know_are_named(tmp_path: Path) -> None:
     path.write_text("{broken\n")
     with pytest.raises(DataError, match=r"data\.tsv:1: not JSON"):
         read_labelled(path, bundle, None)
+
+
+def test_a_text_may_hold_other_line_ends_than_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    text = "wake me\u2028at\x85seven"
+    path.write_text(json.dumps({"text": text, "label": "alarm"}, ensure_ascii=False) + "\n\n")
+    (row,) = read_rows(path)
+    assert field(path, row, "text") == text
 
 
 def test_rows_are_taken_from_all_of_a_file_and_not_its_start(tmp_path: Path) -> None:
