@@ -120,8 +120,8 @@ def on_kept(args: argparse.Namespace, only: list[str]) -> int:
     entries = [m for m in METHODS.values() if not only or m.name in only]
     if args.timings:
         for method in entries:
-            run = Run(args.timings, method.name, 0)
-            print(f"{run.set}/{run.name}: {time_method(run, args.work, args.data)}", flush=True)
+            says = time_method(args.timings, method.name, args.work, args.data)
+            print(f"{args.timings}/{method.name}: {says}", flush=True)
     else:
         for run in runs(args.sets.split(","), [m.name for m in entries if m.online], args.seeds):
             done = online_pass(run, args.work, args.data, Report())
