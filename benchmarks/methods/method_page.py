@@ -120,9 +120,10 @@ def _settings(about: Mapping[str, Any], method: Method) -> list[str]:
     rows = [[f"`{name}`", knob["meaning"], f"{knob['low']:g} to {knob['high']:g}", f"{knob['never']:g}"]
             for name, knob in about["knobs"].items()]  # fmt: skip
     out += [*cells.table(["knob", "meaning", "range", "nobody leaves early at"], rows), ""]
-    if method.settings:
-        shown = ", ".join(f"`{name} = {_toml(value)}`" for name, value in method.settings.items())
-        out += [f"Settings and their defaults, section `[settings]` of `--config`: {shown}.", ""]
+    rows = [[f"`{name}`", setting["meaning"], f"`{_toml(setting['default'])}`"]
+            for name, setting in about["settings"].items()]  # fmt: skip
+    if rows:
+        out += [*cells.table(["`[settings]` of `--config`", "meaning", "default"], rows), ""]
     return out
 
 

@@ -47,6 +47,7 @@ def table() -> list[dict[str, Any]]:
     from offramp_common.spec import TaskSpec
     from offramp_model.exits import HeadSpec
     from offramp_model.methods import METHODS
+    from offramp_model.methods.method import setting_meaning
 
     tasks = {
         "classification": TaskSpec("classification", ("no", "yes")), "regression": TaskSpec("regression")
@@ -76,7 +77,10 @@ def table() -> list[dict[str, Any]]:
                 "use": method.use,
                 "avoid": method.avoid,
                 "reported": method.reported,
-                "settings": dict(method.settings),
+                "settings": {
+                    setting: {"default": value, "meaning": setting_meaning(method.name, setting)}
+                    for setting, value in method.settings.items()
+                },
             }
         )
     return out
@@ -138,13 +142,16 @@ def _show(m: Mapping[str, Any]) -> None:
         f"nobody leaves early at {knob['never']:g})"
         for name, knob in m["knobs"].items()
     ]
-    settings = ", ".join(f"{name} = {value!r}" for name, value in m["settings"].items())
+    settings = [
+        f"{name} = {setting['default']!r}: {setting['meaning']}"
+        for name, setting in m["settings"].items()
+    ]
     rows = [
         ("rule", m["rule"]),
         ("tasks", ", ".join(m["tasks"])),
         *(("knob", knob) for knob in knobs),
         ("carried", f"{carried_words(m)} ({fields})" if fields else "nothing"),
-        ("settings", settings or "none"),
+        *(("setting", setting) for setting in settings),
         ("recipe", m["recipe"]),
         ("use it", m["use"]),
         ("avoid it", m["avoid"]),

@@ -6,6 +6,7 @@ import pytest
 
 from offramp_common.cli import USAGE, main
 from offramp_model.methods import METHODS
+from offramp_model.methods.method import _MEANINGS
 from offramp_model.methods_cli import carried_words, table
 from offramp_train.recipes import RECIPES
 
@@ -88,3 +89,8 @@ def test_an_unknown_method_is_an_error_that_names_the_known_ones(
     err = capsys.readouterr().err
     assert "'peebert' is unknown" in err
     assert "deebert" in err
+
+
+def test_every_setting_has_a_meaning_and_every_meaning_a_setting() -> None:
+    own = {(m["name"], s) for m in table() for s in m["settings"] if s != "pooling"}
+    assert own == set(_MEANINGS)

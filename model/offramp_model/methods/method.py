@@ -58,3 +58,48 @@ class Method:
     every_layer: bool = False
     guarantee: str = ""
     online: bool = False
+
+
+_POOLING = "what an exit reads: first (the first token) or mean (the mean of all real tokens)"
+_MEANINGS: dict[tuple[str, str], str] = {
+    ("fastbert", "width"): "channels of each exit's own attention; at most the model's",
+    ("fastbert", "heads"): "heads of each exit's own attention",
+    (
+        "berxit",
+        "rule",
+    ): "lte (a learned chance of being wrong) or entropy (DeeBERT's rule, on these exits)",
+    (
+        "ensemble_ic",
+        "lambda",
+    ): "exponent of the number of exits that votes are divided by; 0: none, below 1",
+    (
+        "ensemble_ic",
+        "votes",
+    ): "hard (a vote an exit, the paper's) or soft (its probabilities are added up)",
+    (
+        "elbert",
+        "window",
+    ): "what the last exits must agree on: same-side, monotone or flat (see the rule)",
+    ("elbert", "window_size"): "N: so many exits are the window",
+    (
+        "elbert",
+        "margin",
+    ): "m: the first class must lead the second by more than 2 m to count; below 0.5",
+    ("elbert", "flat_range"): "r: how far the window's probabilities may lie apart, for flat alone",
+    ("cats", "meta"): "meta classifiers: each (one an exit) or shared (the same for all)",
+    ("cats", "tolerance"): "regression: a value so near the full model's agrees with it",
+    ("dact_bert", "bound"): "plain (the paper's) or tight (as safe, and leaves earlier)",
+    (
+        "elasticbert",
+        "rule",
+    ): "entropy, patience, or auto: entropy for classes and patience for values",
+    (
+        "pcee_bert",
+        "answer",
+    ): "last (the exit's own), run (mean of the confident run) or all (of all exits)",
+}
+
+
+def setting_meaning(method: str, setting: str) -> str:
+    """What one of a method's settings does, and what it may be."""
+    return _POOLING if setting == "pooling" else _MEANINGS[method, setting]
