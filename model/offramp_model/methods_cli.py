@@ -47,7 +47,6 @@ def table() -> list[dict[str, Any]]:
     from offramp_common.spec import TaskSpec
     from offramp_model.exits import HeadSpec
     from offramp_model.methods import METHODS
-    from offramp_model.methods.method import setting_meaning
 
     tasks = {
         "classification": TaskSpec("classification", ("no", "yes")), "regression": TaskSpec("regression")
@@ -77,13 +76,19 @@ def table() -> list[dict[str, Any]]:
                 "use": method.use,
                 "avoid": method.avoid,
                 "reported": method.reported,
-                "settings": {
-                    setting: {"default": value, "meaning": setting_meaning(method.name, setting)}
-                    for setting, value in method.settings.items()
-                },
+                "settings": _settings(method),
             }
         )
     return out
+
+
+def _settings(method: Any) -> dict[str, dict[str, Any]]:
+    from offramp_model.methods.method import setting_meaning
+
+    return {
+        name: {"default": default, "meaning": setting_meaning(method.name, name)}
+        for name, default in method.settings.items()
+    }
 
 
 def _knobs(method: Any, spec: Any, tasks: dict[str, Any]) -> dict[str, Any]:
