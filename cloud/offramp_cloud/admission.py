@@ -20,12 +20,14 @@ class Admission:
     in_flight_per_stream   requests of one stream at work; reading stops there
     max_bytes_in_flight    of all requests at work; beyond it they are refused as CloudBusy
     max_wait_s             the longest that any request is waited for, deadline or not
+    stall_timeout_s        how long a call's request may take to come, and a reply to be taken
     quota                  of each device
     """
 
     in_flight_per_stream: int = 32
     max_bytes_in_flight: int = 256 * 2**20
     max_wait_s: float = 60.0
+    stall_timeout_s: float = 30.0
     quota: Quota = field(default_factory=Quota)
 
 

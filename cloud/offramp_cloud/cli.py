@@ -248,6 +248,13 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag, type=_amount, default=0.0, metavar="N", help=f"{what} (default: no limit)"
         )
+    group.add_argument(
+        "--stall-timeout-s",
+        type=_positive,
+        default=30,
+        metavar="S",
+        help="how long a call's request may take to come, and a reply to be taken; then the call ends (30)",
+    )
     group.add_argument("--drain-s", type=_amount, default=20.0, metavar="S", help=_DRAIN)
 
 

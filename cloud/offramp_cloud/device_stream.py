@@ -20,6 +20,10 @@ Begin = Callable[[bytes], tuple[Served, Coroutine[Any, Any, Outcome]]]
 """A request's bytes -> its record, and the work that fills it in."""
 
 
+class _Untaken(Exception):
+    """A reply has not been taken for too long."""
+
+
 class DeviceStream:
     """run() once. Reads while slots are free; a slot is taken until its reply has been written, so who
     reads no replies is read no further requests."""
@@ -30,15 +34,19 @@ class DeviceStream:
         begin: Begin,
         draining: asyncio.Event,
         in_flight: int,
+        reply_timeout_s: float,
     ) -> None:
         self._write, self._begin, self._draining = write, begin, draining
+        self._reply_timeout_s = reply_timeout_s
+        self._stuck = False  # a write has not come to its end in time
         self._slots = asyncio.Semaphore(in_flight)
         self._writing = asyncio.Lock()  # one message at a time
         self._jobs: dict[asyncio.Task[Outcome], Served] = {}
 
-    async def run(self, requests: AsyncIterator[bytes]) -> None:
+    async def run(self, requests: AsyncIterator[bytes]) -> bool:
         """Until the device has ended the stream and has its answers, or the cloud drains. Cancelled
-        when the stream breaks, and with it all its requests."""
+        when the stream breaks, and with it all its requests. False, with requests given up and a write
+        that is stuck, where a reply has not been taken in time."""
         answers = asyncio.TaskGroup()
         # Not in the group: to cancel a read that waits breaks the writes of gRPC's Python as well.
         reading = asyncio.create_task(self._read(requests, answers))
@@ -48,9 +56,12 @@ class DeviceStream:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if reading.done():
                     reading.result()
+        except* _Untaken:
+            pass
         finally:
             for end in ends:
                 end.cancel()
+        return not self._stuck
 
     async def _read(self, requests: AsyncIterator[bytes], answers: asyncio.TaskGroup) -> None:
         async for raw in requests:
@@ -60,7 +71,7 @@ class DeviceStream:
                         job.cancel()
                 continue
             await self._slots.acquire()
-            if self._draining.is_set():
+            if self._draining.is_set() or self._stuck:
                 return
             answers.create_task(self._answer(raw))
 
@@ -73,13 +84,22 @@ class DeviceStream:
             if job.cancelled():
                 return  # its device does not want it any more
             message = _reply(served, job.result())
-            async with self._writing:
-                await self._write(message)
+            await self._writing.acquire()
+            await self._written(message)
+            self._writing.release()  # not where that fails: nothing can be written any more
         finally:
             job.cancel()
             await asyncio.gather(job, return_exceptions=True)
             del self._jobs[job]
             self._slots.release()
+
+    async def _written(self, message: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._reply_timeout_s):
+                await self._write(message)
+        except TimeoutError:
+            self._stuck = True
+            raise _Untaken from None
 
 
 def _cancelled(raw: bytes) -> str:

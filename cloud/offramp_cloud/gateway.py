@@ -161,6 +161,11 @@ class Gateway:
         """Requests that are being served."""
         return self._servicer.at_work if self._servicer else 0
 
+    @property
+    def stalled(self) -> dict[str, int]:
+        """Calls that were ended because their device stopped in the middle, by stalls.REQUEST and REPLY."""
+        return dict(self._servicer.stalls.ended) if self._servicer else {}
+
     async def probe(self, timeout_s: float | None = None) -> None:
         """Ask each bundle's replicas, and set the health of all names.
 

@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Gauge
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from offramp_cloud.gateway import Gateway
 from offramp_cloud.served import Served
@@ -55,6 +55,7 @@ def add_gauges(registry: CollectorRegistry, gateway: Gateway) -> None:
     ):
         Gauge(f"offramp_cloud_{name}", text, registry=registry).set_function(read)
     registry.register(_Replicas(gateway))
+    registry.register(_Stalled(gateway))
 
 
 class _Replicas:
@@ -70,4 +71,19 @@ class _Replicas:
         )
         for bundle in {*self._gateway.bundles, *there}:
             family.add_metric([bundle], there[bundle])
+        return [family]
+
+
+class _Stalled:
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "offramp_cloud_stalled",
+            "Calls ended because their request did not come, or a reply was not taken.",
+            labels=["what"],
+        )
+        for what, count in self._gateway.stalled.items():
+            family.add_metric([what], count)
         return [family]

@@ -19,6 +19,7 @@ from offramp_cloud.backends import Backend
 from offramp_cloud.device_stream import MAX_MESSAGE, MAX_SHOWN, DeviceStream
 from offramp_cloud.identity import Caller, caller_of
 from offramp_cloud.served import Observer, Served
+from offramp_cloud.stalls import Stalls
 from offramp_cloud.statuses import Outcome, UnknownBundle, failure, parsed
 from offramp_common.errors import CloudUnavailable, DeadlineExceeded
 from offramp_common.revocation import Revocations
@@ -26,6 +27,8 @@ from offramp_common.wire import offload_pb2 as pb
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["OffloadService"].full_name
 PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own word for it, in trailing metadata
+_Work = Callable[[bytes, Caller, Served, float], Coroutine[Any, Any, Outcome]]
+"""Of one method: the request, who asks, the record to fill in, and the seconds there are."""
 _DRAINING = "the cloud is shutting down; connect again for another one"
 
 
@@ -45,6 +48,7 @@ class Servicer:
         self._backend, self._admission, self._observers = backend, admission, observers
         self._unserved = unserved
         self._entrance = Entrance(admission, revocations)
+        self.stalls = Stalls(admission.stall_timeout_s)
         self.at_work = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -53,8 +57,9 @@ class Servicer:
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Without (de)serializers, so that a malformed message gets a status of ours."""
         handlers = {
-            "Hello": grpc.unary_unary_rpc_method_handler(self.hello),
-            "Complete": grpc.unary_unary_rpc_method_handler(self.complete),
+            # One request each. gRPC's own way for them waits for it for ever, before any of our code.
+            "Hello": grpc.stream_unary_rpc_method_handler(self.hello),
+            "Complete": grpc.stream_unary_rpc_method_handler(self.complete),
             "CompleteStream": grpc.stream_stream_rpc_method_handler(self.complete_stream),
         }
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
@@ -69,17 +74,19 @@ class Servicer:
             return False
         return True
 
-    async def hello(self, raw: bytes, context: Any) -> bytes:
-        caller = caller_of(context)
-        served = _record(caller, context)
-        work = self._hello(raw, caller, served, _remaining_s(context))
-        return await _reply_or_abort(await self._served(served, work), context)
+    async def hello(self, _: AsyncIterator[bytes], context: Any) -> bytes:
+        return await self._unary(self._hello, context)
 
-    async def complete(self, raw: bytes, context: Any) -> bytes:
+    async def complete(self, _: AsyncIterator[bytes], context: Any) -> bytes:
+        return await self._unary(self._complete, context)
+
+    async def _unary(self, work: _Work, context: Any) -> bytes:
+        raw = await self.stalls.request(context)
         caller = caller_of(context)
         served = _record(caller, context)
-        work = self._complete(raw, caller, served, _remaining_s(context))
-        return await _reply_or_abort(await self._served(served, work), context)
+        outcome = await self._served(served, work(raw, caller, served, _remaining_s(context)))
+        self.stalls.replies(context, caller)
+        return await _reply_or_abort(outcome, context)
 
     async def complete_stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """Reads while slots are free. A broken stream cancels this, and with it all its requests."""
@@ -91,10 +98,15 @@ class Servicer:
             return served, self._served(served, work)
 
         stream = DeviceStream(
-            context.write, begin, self._draining, self._admission.in_flight_per_stream
+            context.write,
+            begin,
+            self._draining,
+            self._admission.in_flight_per_stream,
+            self.stalls.timeout_s,
         )
-        await stream.run(requests)
-        if self._draining.is_set():
+        if not await stream.run(requests):
+            await self.stalls.end(context, caller)
+        elif self._draining.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, _DRAINING)
 
     async def _served(self, served: Served, work: Coroutine[Any, Any, Outcome]) -> Outcome:
