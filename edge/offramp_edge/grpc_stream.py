@@ -49,8 +49,9 @@ class WorkStream:
 
     async def close(self) -> None:
         self.ended = True
-        for task in self._tasks:
-            task.cancel()
+        self._unsent_some.set()
+        # Its end ends the tasks. Were they cancelled, gRPC's core would still owe this event loop an event
+        # for each, and says so on standard error where the loop is closed by then.
         self._call.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         # gRPC's core keeps the connection for as long as there is a call object: not until some garbage
@@ -63,10 +64,10 @@ class WorkStream:
         self._unsent_some.set()
 
     async def _write(self) -> None:
-        while True:
+        while not self.ended:
             await self._unsent_some.wait()
             self._unsent_some.clear()
-            while self._unsent:
+            while self._unsent and not self.ended:
                 message = self._unsent.pop(next(iter(self._unsent)))
                 try:
                     await self._call.write(message)
@@ -94,7 +95,7 @@ class WorkStream:
             raise
         finally:
             self.ended = True
-            self._tasks[0].cancel()  # the writer
+            self._unsent_some.set()  # the writer ends, too
             for waiting in self._asked.values():
                 if not waiting.done():
                     waiting.set_exception(failure)

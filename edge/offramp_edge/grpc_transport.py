@@ -26,6 +26,7 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["OffloadService"].full_name
 _COMPLETE_STREAM = f"/{_SERVICE}/CompleteStream"
 _KEEPALIVE_S = 20.0
 _KEEPALIVE_TIMEOUT_S = 10.0  # pings queue behind frames on a slow link
+_LAST_EVENT_S = 1.0
 _OPTIONS = (
     ("grpc.keepalive_timeout_ms", int(1000 * _KEEPALIVE_TIMEOUT_S)),
     # Of the pings that measure the connection: while one is out, no other is sent.
@@ -62,6 +63,7 @@ class _Connection:
             _COMPLETE_STREAM, request_serializer=None, response_deserializer=None
         )
         self._stream: WorkStream | None = None
+        self._closed = False
         self._watching = asyncio.create_task(self._watch())
 
     def stream(self) -> WorkStream:
@@ -70,18 +72,22 @@ class _Connection:
         return self._stream
 
     async def close(self) -> None:
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        self._closed = True
         if self._stream is not None:
             await self._stream.close()
         await self._channel.close(None)
+        # It ends with the channel. Cancelled before, it would leave an event on its way to this event loop,
+        # which may be closed when it comes.
+        await asyncio.wait({self._watching}, timeout=_LAST_EVENT_S)
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
 
     async def _watch(self) -> None:
         state = self._channel.get_state()
-        while True:
+        while not self._closed:
             await self._channel.wait_for_state_change(state)
             before, state = state, self._channel.get_state()
-            if before is grpc.ChannelConnectivity.READY:
+            if before is grpc.ChannelConnectivity.READY and not self._closed:
                 self._on_lost(self)
 
 

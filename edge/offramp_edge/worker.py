@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -33,6 +34,7 @@ from offramp_edge.answers import Answer, Failed, Sample
 from offramp_edge.assembly import MakePlanner, Parts, started
 from offramp_edge.chooser import chooser_for
 from offramp_edge.connect import connector
+from offramp_edge.own_loop import OwnLoop
 from offramp_edge.settings import EdgeSettings, plan_for
 from offramp_edge.sources import Given, samples
 from offramp_edge.stream import Result, Stream
@@ -96,7 +98,7 @@ class EdgeWorker:
     def _run(self, parts: Parts) -> None:
         """An event loop in a thread of its own, and the agent in it."""
         self._compute = parts.executor
-        self._loop = asyncio.new_event_loop()
+        self._loop = OwnLoop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="offramp-edge", daemon=True
         )
@@ -153,6 +155,9 @@ class EdgeWorker:
 
             def on_provisional(answer: Answer, tell: OnAnswer = tell) -> None:
                 loop.call_soon_threadsafe(tell, answer)
+                # The caller's thread has it before this one goes on to encode, and not when Python next
+                # takes the lock from it, up to 5 ms later (docs/decisions/0008).
+                time.sleep(0)
 
         sample = _sample(text, id, deadline_ms)
         return await asyncio.wrap_future(self._begin(self.agent.answer(sample, on_provisional)))
