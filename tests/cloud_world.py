@@ -23,13 +23,13 @@ from torch import Tensor
 from toy_models import toy_activations, toy_layers
 
 from offramp_cloud.engine import Engine
-from offramp_common.activations import Activations, NumpyArray
+from offramp_common.activations import Activations, NumpyArray, Rows
 from offramp_common.bundle import Bundle
 from offramp_common.frames import encode_frame
 from offramp_common.runner import Knobs, Step, run
 from offramp_common.transport import Completion, Offload
 from offramp_model.packed_layers import PackedLayers
-from offramp_model.split_model import TorchLayers, to_torch
+from offramp_model.split_model import TorchLayers, join_rows, to_torch
 
 _STARTS_S = 120.0
 _ENDS_S = 40.0
@@ -124,19 +124,19 @@ class WatchedLayers:
         return self._layers.n_layers
 
     def step(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
-        return self.steps([(acts, knobs)])[0]
+        return self.steps([(Rows.of(acts), knobs)])[0]
 
-    def steps(self, parts: Sequence[tuple[Activations[Tensor], Knobs]]) -> list[Step[Tensor]]:
-        for acts, knobs in parts:
-            self.runs.append((acts.depth, acts.batch_size))
+    def steps(self, parts: Sequence[tuple[Rows[Tensor], Knobs]]) -> list[Step[Tensor]]:
+        for rows, knobs in parts:
+            self.runs.append((rows.depth, rows.batch_size))
             self.knobs.append(knobs)
         self.entered.set()
         assert self.free.wait(30), "the test never let the layers go on"
-        if any(bool((acts.hidden_BTD == self.POISON).any()) for acts, _ in parts):
+        if any(bool((join_rows(rows).hidden_BTD == self.POISON).any()) for rows, _ in parts):
             raise RuntimeError("poisoned row")
         if isinstance(self._layers, PackedLayers):
             return self._layers.steps(parts)
-        return [self._layers.step(acts, knobs) for acts, knobs in parts]
+        return [self._layers.step(join_rows(rows), knobs) for rows, knobs in parts]
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from offramp_cloud.counters import Counters
 from offramp_cloud.elevator import Elevator
 from offramp_cloud.waiting import Load, Request
 from offramp_common.activations import Activations, join
-from offramp_common.runner import JoinedLayers, Layers, run, settle
+from offramp_common.runner import Layers, run, settle
 from offramp_common.transport import Completion
 from offramp_model.split_model import to_numpy, to_torch
 
@@ -115,7 +115,7 @@ def _tokens(entry: tuple[int, Item]) -> int:
     return int(entry[1].acts.lengths_B[0])
 
 
-def perfect_batch(work: Workload, layers: JoinedLayers[Tensor], items: Sequence[Item]) -> list[int]:
+def perfect_batch(work: Workload, layers: Layers[Tensor], items: Sequence[Item]) -> list[int]:
     """All of `items` in one pass, each joining at its depth, with nothing to decide; where each left."""
     depth_of = np.zeros(len(items), np.int64)
     rows = np.zeros(0, np.int64)
@@ -128,11 +128,11 @@ def perfect_batch(work: Workload, layers: JoinedLayers[Tensor], items: Sequence[
             continue
         rows = np.concatenate([rows, np.array(new, np.int64)])
         before = to_torch(join(parts))
-        (step,) = layers.steps([(before, dict(work.knobs))])
-        settled = settle(before, step, rows, layers.n_layers)
-        if settled.left is not None:
-            depth_of[settled.left.rows] = settled.left.depth
-        rows, acts = settled.rows, settled.acts if settled.rows.size else None
+        step = layers.step(before, dict(work.knobs))
+        settled = settle(before, step, layers.n_layers)
+        depth_of[rows[settled.gone]] = depth + 1
+        rows = rows[settled.stay]
+        acts = settled.acts if rows.size else None
     found: list[int] = depth_of.tolist()
     return found
 

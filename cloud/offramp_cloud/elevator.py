@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-import numpy as np
 from torch import Tensor
 
 from offramp_cloud.costs import Group, LayerCost, Survival, meeting
 from offramp_cloud.counters import Counters
 from offramp_cloud.riders import Riders, Trip, boarded, fits, fitting, joined
 from offramp_cloud.waiting import Load, Request
-from offramp_common.activations import Activations
+from offramp_common.activations import Rows
 from offramp_common.runner import JoinedLayers, Knobs, Layers, Step, settle
 from offramp_common.transport import Completion
+from offramp_model.split_model import join_rows
 
 _ALL_LEARNED = 64  # layers whose time teaches what a layer costs; afterwards
 _LEARNED_EVERY = 4  # one in so many does
@@ -191,7 +191,7 @@ class Elevator:
         self, parts: Sequence[Riders]
     ) -> tuple[list[tuple[Riders, Step[Tensor]]], dict[Trip, Exception]]:
         """The parts after one layer; and the trips that have failed in it, whose rows are gone."""
-        given = [(riders.acts, dict(riders.knobs)) for riders in parts]
+        given = [(riders.rows, dict(riders.knobs)) for riders in parts]
         try:
             steps = self._steps(given)
             return list(zip(parts, steps, strict=True)), {}
@@ -203,11 +203,7 @@ class Elevator:
         stepped: list[tuple[Riders, Step[Tensor]]] = []
         failed: dict[Trip, Exception] = {}
         for trip in trips:
-            own = [
-                riders.take(np.flatnonzero(riders.trip_B == trip))
-                for riders in parts
-                if trip in riders.trips
-            ]
+            own = [riders.of(trip) for riders in parts if trip in riders.trips]
             more, broken = self._step(own)
             stepped, failed = stepped + more, failed | broken
         return stepped, failed
@@ -215,15 +211,14 @@ class Elevator:
     def _settle(self, riders: Riders, step: Step[Tensor]) -> None:
         if self._exits is not None and step.look is not None:
             riders.note(step.look)
-        rows = np.arange(riders.acts.batch_size)
-        settled = settle(riders.acts, step, rows, self._n_layers)
-        left = 0 if settled.left is None else settled.left.rows.size
-        self._survival.saw(riders.acts.depth, rows.size, left)
-        if settled.left is not None:
-            riders.leave(settled.left)
-        if settled.rows.size:
-            going = riders.going_on(settled.acts, settled.stay)
-            self._floors.setdefault(going.acts.depth, []).append(going)
+        settled = settle(riders.rows, step, self._n_layers)
+        depth, left = riders.rows.depth, settled.gone.size
+        self._survival.saw(depth, riders.group.rows, left)
+        if left and step.look is not None:
+            riders.leave(settled.gone, step.look)
+        if settled.stay.size:
+            going = riders.going_on(settled.after, settled.stay)
+            self._floors.setdefault(depth + 1, []).append(going)
 
     def _learn(self, stepped: Sequence[tuple[Riders, Step[Tensor]]], took_s: float) -> None:
         group = _total([riders for riders, _ in stepped])
@@ -258,7 +253,7 @@ def _slack_s(requests: Sequence[Request], now_s: float) -> float:
 
 
 def _each(
-    layers: Layers[Tensor], parts: Sequence[tuple[Activations[Tensor], Knobs]]
+    layers: Layers[Tensor], parts: Sequence[tuple[Rows[Tensor], Knobs]]
 ) -> list[Step[Tensor]]:
     """For layers that cannot be shared by batches."""
-    return [layers.step(acts, knobs) for acts, knobs in parts]
+    return [layers.step(join_rows(rows), knobs) for rows, knobs in parts]

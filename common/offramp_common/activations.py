@@ -78,6 +78,50 @@ class Activations(Generic[A]):
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows(Generic[A]):
+    """Rows of several batches of one depth, not copied together yet: of each batch those at the places `at`,
+    which ascend."""
+
+    pieces: tuple[tuple[Activations[A], NDArray[np.int64]], ...]
+
+    @property
+    def depth(self) -> int:
+        return self.pieces[0][0].depth
+
+    @property
+    def lengths_B(self) -> NDArray[np.int64]:
+        if len(self.pieces) == 1:
+            ((acts, at),) = self.pieces
+            return acts.lengths_B[at]
+        return np.concatenate([acts.lengths_B[at] for acts, at in self.pieces])
+
+    @property
+    def batch_size(self) -> int:
+        return sum(at.size for _, at in self.pieces)
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens in all rows."""
+        return int(self.lengths_B.sum())
+
+    @classmethod
+    def of(cls, acts: Activations[A]) -> Rows[A]:
+        """All of one batch."""
+        return cls(((acts, np.arange(acts.batch_size)),))
+
+    def take(self, rows: NDArray[np.int64]) -> Rows[A]:
+        """The given rows, ascending."""
+        found: list[tuple[Activations[A], NDArray[np.int64]]] = []
+        start = 0
+        for acts, at in self.pieces:
+            mine = rows[(rows >= start) & (rows < start + at.size)] - start
+            start += at.size
+            if mine.size:
+                found.append((acts, at[mine]))
+        return Rows(tuple(found))
+
+
 def mask_of(lengths_B: NDArray[np.int64], width: int | None = None) -> NDArray[np.bool_]:
     """mask_BT: True where a token is real; `width` is T (the longest row by default)."""
     width = int(lengths_B.max(initial=0)) if width is None else width

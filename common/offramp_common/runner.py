@@ -14,7 +14,7 @@ from typing import Generic, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp_common.activations import A, Activations
+from offramp_common.activations import A, Activations, Rows
 
 Knobs = Mapping[str, tuple[float, ...]]
 """An exit method's operating point: each knob's value at every exit, index d - 1 for depth d."""
@@ -60,9 +60,9 @@ class Layers(Protocol[A]):
 class JoinedLayers(Layers[A], Protocol[A]):
     """Layers that run one layer over many batches at once."""
 
-    def steps(self, parts: Sequence[tuple[Activations[A], Knobs]]) -> list[Step[A]]:
+    def steps(self, parts: Sequence[tuple[Rows[A], Knobs]]) -> list[Step[A]]:
         """`step` for each of `parts` (at least one, all of one depth): their rows share the layer and
-        know nothing of each other."""
+        know nothing of each other. The rows of a part come out as one batch, in their order."""
         ...
 
 
@@ -97,37 +97,35 @@ class Run(Generic[A]):
 class Settled(Generic[A]):
     """Rows after a layer: who leaves, and who goes on.
 
-    left   None when nobody leaves
-    acts   of the rows that go on;  rows  their names, as given;  stay  their positions before
+    after   all of them, a layer further
+    gone    positions of those that leave, by the step's look;  stay  of those that go on
     """
 
-    left: Leaving[A] | None
-    acts: Activations[A]
-    rows: NDArray[np.int64]
+    after: Activations[A]
+    gone: NDArray[np.int64]
     stay: NDArray[np.int64]
 
+    @property
+    def acts(self) -> Activations[A]:
+        """Of the rows that go on. A copy where some have left."""
+        return self.after.take(self.stay) if self.gone.size else self.after
 
-def settle(
-    before: Activations[A], step: Step[A], rows: NDArray[np.int64], n_layers: int
-) -> Settled[A]:
-    """Let rows leave after a layer: where the method says so, all of them at `n_layers`.
 
-    `rows` are the caller's names for the rows of `before`, which the layer was given. Nothing else in the
-    project decides who leaves.
+def settle(before: Activations[A] | Rows[A], step: Step[A], n_layers: int) -> Settled[A]:
+    """Let rows leave after the layer that `before` was given to: where the method says so, all of them at
+    `n_layers`. Nothing else in the project decides who leaves.
     """
     acts, look = step.acts, step.look
     # Our own invariants: a step that stands still would never end.
     assert acts.depth == before.depth + 1, f"a step from {before.depth} to {acts.depth}"
-    assert acts.batch_size == rows.size, f"{acts.batch_size} rows of {rows.size} after a step"
+    assert acts.batch_size == before.batch_size, f"{acts.batch_size} rows of {before.batch_size}"
     assert look is not None or acts.depth < n_layers, "no exit head at full depth"
-    leave_B = np.zeros(rows.size, bool) if look is None else look.leave_B
+    every, nobody = np.arange(acts.batch_size), np.zeros(0, np.int64)
+    if look is None:
+        return Settled(acts, nobody, every)
     if acts.depth == n_layers:
-        leave_B = np.ones(rows.size, bool)
-    stay = np.flatnonzero(~leave_B)
-    if look is None or stay.size == rows.size:
-        return Settled(None, acts, rows, stay)
-    left = _leaving(rows, np.flatnonzero(leave_B), acts.depth, look)
-    return Settled(left, acts.take(stay), rows[stay], stay)
+        return Settled(acts, every, nobody)
+    return Settled(acts, np.flatnonzero(look.leave_B), np.flatnonzero(~look.leave_B))
 
 
 def run(
@@ -150,13 +148,13 @@ def run(
         step = layers.step(acts, knobs)
         if step.look is not None and observe is not None:
             observe(step.acts.depth, rows, step.look)
-        settled = settle(acts, step, rows, layers.n_layers)
-        if settled.left is not None:
-            left.append(settled.left)
+        settled = settle(acts, step, layers.n_layers)
         if step.look is not None:
-            stay, depth = settled.stay, step.acts.depth
+            gone, stay, depth = settled.gone, settled.stay, step.acts.depth
+            if gone.size:
+                left.append(_leaving(rows, gone, depth, step.look))
             provisional = _leaving(rows, stay, depth, step.look) if stay.size else None
-        acts, rows = settled.acts, settled.rows
+        acts, rows = settled.acts, rows[settled.stay]
     return Run(tuple(left), acts if rows.size else None, rows, provisional)
 
 

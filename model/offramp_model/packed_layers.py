@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp_common.activations import Activations, mask_of
+from offramp_common.activations import Activations, Rows
 from offramp_common.runner import Knobs, Step
-from offramp_model.backbones.packed import Packed, Run, can_pack
-from offramp_model.split_model import MultiExitModel, TorchLayers
+from offramp_model.backbones.packed import Packed, Run, can_pack, padded_to
+from offramp_model.split_model import MultiExitModel, TorchLayers, join_rows
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BIASES = 128  # lengths whose attention bias is kept, for families that have one
@@ -46,7 +46,6 @@ class PackedLayers:
         elif precision != "fp32":
             raise ValueError(f"{model.backbone.family} runs in fp32 alone, not in {precision}")
         self._biases: dict[int, Tensor | None] = {}
-        self._last: list[_Spots] = []
 
     @property
     def n_layers(self) -> int:
@@ -57,110 +56,111 @@ class PackedLayers:
         return self._whole.device
 
     def step(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
-        return self.steps([(acts, knobs)])[0]
+        return self.steps([(Rows.of(acts), knobs)])[0]
 
     @torch.inference_mode()
-    def steps(self, parts: Sequence[tuple[Activations[Tensor], Knobs]]) -> list[Step[Tensor]]:
+    def steps(self, parts: Sequence[tuple[Rows[Tensor], Knobs]]) -> list[Step[Tensor]]:
         if self._packed is None:
-            return [self._whole.step(acts, knobs) for acts, knobs in parts]
+            return [self._whole.step(join_rows(rows), knobs) for rows, knobs in parts]
         depth = parts[0][0].depth
-        batches = [self._embedded(acts) for acts, _ in parts]
-        spots = [self._spots_of(acts) for acts in batches]
-        self._last = spots
-        pieces = [spot.gather(acts.hidden_BTD) for spot, acts in zip(spots, batches, strict=True)]
-        hidden_ND = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        hidden_ND = hidden_ND.to(self._packed.dtype)
-        runs = [run for spot in spots for run in spot.runs]
-        biases = self._biases_of(batches, spots)
-        hidden_ND = self._packed.run_layer(depth, hidden_ND, runs, biases.__getitem__).float()
+        given = [rows if depth else self._embedded(rows) for rows, _ in parts]
+        lengths = [rows.lengths_B for rows in given]
+        spots = _Spots(np.concatenate(lengths))
+        hidden_ND = spots.gather([piece for rows in given for piece in rows.pieces])
+        biases = self._biases_of(given, spots)
+        hidden_ND = self._packed.run_layer(
+            depth, hidden_ND.to(self._packed.dtype), spots.runs, biases.__getitem__
+        ).float()
         found: list[Step[Tensor]] = []
         start = 0
-        for (_, knobs), acts, spot in zip(parts, batches, spots, strict=True):
-            hidden_BTD = spot.scatter(hidden_ND[start : start + spot.tokens])
-            start += spot.tokens
-            acts = replace(acts, hidden_BTD=hidden_BTD, depth=depth + 1)
+        for rows, lengths_B, (_, knobs) in zip(given, lengths, parts, strict=True):
+            hidden_BTD = spots.scatter(hidden_ND, start, lengths_B)
+            start += lengths_B.size
+            acts = replace(join_rows(rows, hidden_BTD), depth=depth + 1)
             found.append(self._whole.look(acts, knobs))
         return found
 
-    def _spots_of(self, acts: Activations[Tensor]) -> _Spots:
-        """Those of the layer before, where its rows have come through unchanged."""
-        for spots in self._last:
-            if spots.lengths_B is acts.lengths_B:
-                return spots
-        return _Spots(acts.lengths_B, acts.hidden_BTD.shape[1])
+    def _embedded(self, rows: Rows[Tensor]) -> Rows[Tensor]:
+        acts = join_rows(rows)
+        return Rows.of(replace(acts, hidden_BTD=self._backbone.embed(acts.hidden_BTD)))
 
-    def _embedded(self, acts: Activations[Tensor]) -> Activations[Tensor]:
-        if acts.depth:
-            return acts
-        return replace(acts, hidden_BTD=self._backbone.embed(acts.hidden_BTD))
-
-    def _biases_of(
-        self, batches: Sequence[Activations[Tensor]], spots: Sequence[_Spots]
-    ) -> list[Tensor | None]:
+    def _biases_of(self, given: Sequence[Rows[Tensor]], spots: _Spots) -> list[Tensor | None]:
         """What each run adds to its attention scores."""
+        pieces = tuple(piece for rows in given for piece in rows.pieces)
+        if all(acts.positions_BT is None for acts, _ in pieces):
+            return [self._bias(length) for _, length in spots.runs]
+        places_BT = join_rows(Rows(pieces)).positions_BT
+        assert places_BT is not None
         found: list[Tensor | None] = []
-        for acts, spot in zip(batches, spots, strict=True):
-            row = 0
-            for rows, length in spot.runs:
-                places_GT = None
-                if acts.positions_BT is not None:
-                    places_GT = acts.positions_BT[spot.order[row : row + rows], :length]
-                found.append(self._bias(acts.hidden_BTD[:1, :length], places_GT))
-                row += rows
+        start = 0
+        for rows, length in spots.runs:
+            places_GT = places_BT[spots.order[start : start + rows], :length]
+            found.append(self._bias_at(length, places_GT))
+            start += rows
         return found
 
-    def _bias(self, hidden_1TD: Tensor, places_GT: Tensor | None) -> Tensor | None:
-        length = hidden_1TD.shape[1]
-        if places_GT is None and length in self._biases:
+    def _bias(self, length: int) -> Tensor | None:
+        if length in self._biases:
             return self._biases[length]
-        assert self._packed is not None
-        bias = self._backbone.attention_bias(hidden_1TD, places_GT)
-        bias = None if bias is None else bias.to(self._packed.dtype)
-        if places_GT is None and len(self._biases) < _BIASES:
+        bias = self._bias_at(length, None)
+        if len(self._biases) < _BIASES:
             self._biases[length] = bias
         return bias
 
+    def _bias_at(self, length: int, places_GT: Tensor | None) -> Tensor | None:
+        assert self._packed is not None
+        like_1TD = torch.empty(1, length, 1, device=self.device)  # only its shape counts
+        bias = self._backbone.attention_bias(like_1TD, places_GT)
+        return None if bias is None else bias.to(self._packed.dtype)
+
 
 class _Spots:
-    """Where the tokens of a batch's rows lie, shortest rows first, so that those of one length are
+    """Where the tokens of rows lie when packed: shortest rows first, so that those of one length are
     neighbours.
 
     runs    (rows, tokens of each) of neighbouring rows of one length
-    order   the batch's rows in that order;  tokens  all of them
+    order   the rows in that order;  tokens  all of them
     """
 
-    def __init__(self, lengths_B: NDArray[np.int64], longest: int) -> None:
-        self.lengths_B = lengths_B
+    def __init__(self, lengths_B: NDArray[np.int64]) -> None:
         self.order = np.argsort(lengths_B, kind="stable")
-        self.tokens = int(lengths_B.sum())
-        self._shape = (lengths_B.size, longest)
+        self._sorted_B = lengths_B[self.order]
+        ends_B = self._sorted_B.cumsum()
+        self.tokens = int(ends_B[-1])
+        self._starts_B = ends_B - self._sorted_B
+        self._first_B = np.empty_like(lengths_B)  # of each row, its first packed token
+        self._first_B[self.order] = self._starts_B
         counts = np.bincount(lengths_B)
         sizes = np.flatnonzero(counts)
         self.runs: list[Run] = list(zip(counts[sizes].tolist(), sizes.tolist(), strict=True))
-        self._there: Tensor | None = None  # of each packed token, its place in the padded batch
-        self._back: Tensor | None = None  # of each place, its packed token
-        if self.tokens < lengths_B.size * longest:
-            self._map(lengths_B, longest)
 
-    def _map(self, lengths_B: NDArray[np.int64], longest: int) -> None:
-        sorted_B = lengths_B[self.order]
-        there_N = (self.order[:, None] * longest + np.arange(longest))[mask_of(sorted_B, longest)]
-        first_B = np.zeros(lengths_B.size, np.int64)
-        first_B[self.order] = np.cumsum(sorted_B) - sorted_B
-        # Padding may hold anything, but nothing of another row: that might not be a number.
-        back_F = np.repeat(first_B, longest)
-        back_F[there_N] = np.arange(self.tokens)
-        self._there, self._back = torch.from_numpy(there_N), torch.from_numpy(back_F)
+    def gather(self, pieces: Sequence[tuple[Activations[Tensor], NDArray[np.int64]]]) -> Tensor:
+        """(N, D) with padding at the end; a view where the rows lie so already."""
+        flat: list[Tensor] = []
+        places: list[NDArray[np.int64]] = []  # of each row, where its first token lies
+        start = 0
+        for acts, at in pieces:
+            rows, longest, width = acts.hidden_BTD.shape
+            flat.append(acts.hidden_BTD.reshape(-1, width))
+            places.append(start + at * longest)
+            start += rows * longest
+        padded = padded_to(self.tokens)
+        if len(flat) == 1 and padded == self.tokens == start:
+            return flat[0]
+        there_N = np.zeros(padded, np.int64)
+        from_B = np.concatenate(places)[self.order] - self._starts_B
+        there_N[: self.tokens] = np.repeat(from_B, self._sorted_B) + np.arange(self.tokens)
+        hidden_FD = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return hidden_FD.index_select(0, torch.from_numpy(there_N).to(hidden_FD.device))
 
-    def gather(self, hidden_BTD: Tensor) -> Tensor:
-        """(N, D); a view where no row is padded."""
-        hidden_FD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        if self._there is None:
-            return hidden_FD
-        return hidden_FD.index_select(0, self._there.to(hidden_FD.device))
-
-    def scatter(self, hidden_ND: Tensor) -> Tensor:
-        """(B, T, D); padding becomes copies of its row's first token."""
-        if self._back is not None:
-            hidden_ND = hidden_ND.index_select(0, self._back.to(hidden_ND.device))
-        return hidden_ND.reshape(*self._shape, hidden_ND.shape[-1])
+    def scatter(self, hidden_ND: Tensor, start: int, lengths_B: NDArray[np.int64]) -> Tensor:
+        """(B, T, D) of the rows from `start` on. Padding, which may hold anything but what is another row's
+        (that might not be a number), becomes copies of the row's last token."""
+        rows, longest = lengths_B.size, int(lengths_B.max())
+        shape = (rows, longest, hidden_ND.shape[-1])
+        if rows == self.order.size and rows * longest == self.tokens:
+            return hidden_ND[: self.tokens].view(shape)
+        first_B = self._first_B[start : start + rows]
+        back_BT = first_B[:, None] + np.minimum(np.arange(longest), lengths_B[:, None] - 1)
+        back_F = torch.from_numpy(back_BT.reshape(-1)).to(hidden_ND.device)
+        return hidden_ND.index_select(0, back_F).view(shape)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offramp_common.activations import Activations, NumpyArray, mask_of
+from offramp_common.activations import Activations, NumpyArray, Rows, mask_of
 from offramp_common.runner import Knobs, Look, Step
 from offramp_common.spec import CutSpec, KnobSpec
 from offramp_model.backbones import Backbone
@@ -184,23 +184,34 @@ def to_numpy(acts: Activations[Tensor]) -> Activations[NumpyArray]:
     return _converted(acts, convert)
 
 
-def join_tensors(parts: Sequence[Activations[Tensor]]) -> Activations[Tensor]:
-    """As activations.join, for parts (at least one) that are known to fit each other: of one depth, with
-    equally named state."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    lengths_B = np.concatenate([part.lengths_B for part in parts])
-    positions_BT = None
-    if any(part.positions_BT is not None for part in parts):
-        positions_BT = _tokens_joined([_positions(part) for part in parts])
+def join_rows(given: Rows[Tensor], hidden_BTD: Tensor | None = None) -> Activations[Tensor]:
+    """In one batch; they fit each other: of one depth, with equally named state.
+
+    hidden_BTD   what takes the place of theirs
+    """
+    first, at = given.pieces[0]
+    if len(given.pieces) == 1 and at.size == first.batch_size:
+        return first if hidden_BTD is None else replace(first, hidden_BTD=hidden_BTD)
+    lengths_B = given.lengths_B
+    longest = int(lengths_B.max())
+
+    def picked(name: str) -> Tensor:
+        return torch.cat([acts.state[name][at] for acts, at in given.pieces])
+
+    def tokens(of: Callable[[Activations[Tensor]], Tensor]) -> Tensor:
+        return _tokens_joined([of(acts)[:, :longest][at] for acts, at in given.pieces])
+
+    def token_state(name: str) -> Tensor:
+        return tokens(lambda acts: acts.token_state[name])
+
+    placed = any(acts.positions_BT is not None for acts, _ in given.pieces)
     return Activations(
-        _tokens_joined([part.hidden_BTD for part in parts]),
+        tokens(lambda acts: acts.hidden_BTD) if hidden_BTD is None else hidden_BTD,
         lengths_B,
         first.depth,
-        {name: torch.cat([part.state[name] for part in parts]) for name in first.state},
-        {name: _tokens_joined([p.token_state[name] for p in parts]) for name in first.token_state},
-        positions_BT,
+        {name: picked(name) for name in first.state},
+        {name: token_state(name) for name in first.token_state},
+        tokens(_positions) if placed else None,
     )
 
 

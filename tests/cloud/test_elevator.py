@@ -19,12 +19,12 @@ from offramp_cloud.costs import LayerCost
 from offramp_cloud.counters import Counters
 from offramp_cloud.elevator import Elevator
 from offramp_cloud.waiting import Load, Request, knob_key
-from offramp_common.activations import Activations, NumpyArray
+from offramp_common.activations import Activations, NumpyArray, Rows
 from offramp_common.runner import Knobs, Step, run
 from offramp_common.spec import never_exit
 from offramp_common.transport import Completion
 from offramp_model.packed_layers import PackedLayers
-from offramp_model.split_model import MultiExitModel, TorchLayers, to_numpy, to_torch
+from offramp_model.split_model import MultiExitModel, TorchLayers, join_rows, to_numpy, to_torch
 
 DEEP = toy_model("deebert", n_layers=6)
 NEVER = never_exit(DEEP.knobs, 6)
@@ -56,13 +56,12 @@ class Building:
         return self.layers.n_layers
 
     def step(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
-        return self.steps([(acts, knobs)])[0]
+        return self.steps([(Rows.of(acts), knobs)])[0]
 
-    def steps(self, parts: Sequence[tuple[Activations[Tensor], Knobs]]) -> list[Step[Tensor]]:
-        rows = [acts.batch_size for acts, _ in parts]
-        self.runs.append((parts[0][0].depth, rows))
-        self.now_s += self.layer_s + self.token_s * sum(acts.n_tokens for acts, _ in parts)
-        if any(bool((acts.hidden_BTD == self.poison).any()) for acts, _ in parts):
+    def steps(self, parts: Sequence[tuple[Rows[Tensor], Knobs]]) -> list[Step[Tensor]]:
+        self.runs.append((parts[0][0].depth, [rows.batch_size for rows, _ in parts]))
+        self.now_s += self.layer_s + self.token_s * sum(rows.n_tokens for rows, _ in parts)
+        if any(bool((join_rows(rows).hidden_BTD == self.poison).any()) for rows, _ in parts):
             raise RuntimeError("poisoned row")
         return self.layers.steps(parts)
 

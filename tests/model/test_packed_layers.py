@@ -14,11 +14,11 @@ from tiny_checkpoint import FAMILY_CONFIGS
 from torch import Tensor
 from toy_models import eager, mixed_knobs, toy_model
 
-from offramp_common.activations import Activations
+from offramp_common.activations import Activations, Rows
 from offramp_common.runner import JoinedLayers, run
 from offramp_common.spec import never_exit
 from offramp_model.backbones import FAMILIES, Backbone, backbone_from_config
-from offramp_model.backbones.packed import can_pack
+from offramp_model.backbones.packed import Packed, can_pack, padded_to
 from offramp_model.packed_layers import PackedLayers
 from offramp_model.split_model import MultiExitModel, TorchLayers, to_torch
 
@@ -49,7 +49,7 @@ def test_batches_run_together_get_what_each_gets_alone(subject: Subject) -> None
     points = [mixed_knobs(model), eager(model), never_exit(model.knobs, N)]
     parts = [(to_torch(inputs(3 + i, seed=i)), knobs) for i, knobs in enumerate(points)]
     for _ in range(N):
-        together = layers.steps(parts)
+        together = layers.steps([(Rows.of(acts), knobs) for acts, knobs in parts])
         for (acts, knobs), step in zip(parts, together, strict=True):
             alone = TorchLayers(model).step(acts, knobs)
             assert step.look is not None
@@ -146,6 +146,54 @@ def test_rows_without_a_number_leave_their_neighbours_alone() -> None:
     others = [0, 1, 2, 4, 6, 7]
     np.testing.assert_array_equal(got.answers[others], healthy.answers[others])
     assert np.isnan(got.answers[[3, 5]]).all()
+
+
+def test_the_matrix_products_see_few_sizes_and_little_padding() -> None:
+    """oneDNN keeps memory for each size that it ever saw."""
+    sizes = {tokens: padded_to(tokens) for tokens in range(1, 1025)}
+    assert len(set(sizes.values())) <= 112
+    for tokens, padded in sizes.items():
+        assert tokens <= padded <= tokens * (1 + 1 / 16)
+    assert [sizes[tokens] for tokens in range(1, 33)] == list(range(1, 33))  # lone rows
+
+
+def test_a_layer_over_any_rows_has_one_of_those_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    run_layer = Packed.run_layer
+
+    def watched(self: Packed, index: int, hidden_ND: Tensor, runs: Any, bias: Any) -> Tensor:
+        seen.append((sum(rows * length for rows, length in runs), hidden_ND.shape[0]))
+        return run_layer(self, index, hidden_ND, runs, bias)
+
+    monkeypatch.setattr(Packed, "run_layer", watched)
+    model = toy_model("deebert")
+    never = never_exit(model.knobs, N)
+    for rows in (1, 7, 31, 64):
+        whole(PackedLayers(model), to_torch(inputs(rows)), never)
+    assert len(seen) == 4 * N
+    assert max(tokens for tokens, _ in seen) > 128
+    assert [given for _, given in seen] == [padded_to(tokens) for tokens, _ in seen]
+
+
+def test_rows_that_are_not_copied_together_yet_are_run_as_a_batch_of_them(subject: Subject) -> None:
+    model = subject.model()
+    never, layers = never_exit(model.knobs, N), PackedLayers(model)
+    for depth in range(2):
+        pieces = [to_torch(inputs(4 + i, seed=i)) for i in range(2)]
+        if depth:
+            pieces = [TorchLayers(model).step(acts, never).acts for acts in pieces]
+        at = [np.array([0, 2]), np.array([1, 3, 4])]
+        rows = Rows(tuple(zip(pieces, at, strict=True)))
+        (step,) = layers.steps([(rows, never)])
+        alone = [
+            TorchLayers(model).step(acts.take(i), never) for acts, i in zip(pieces, at, strict=True)
+        ]
+        assert step.look is not None
+        answers = torch.cat([one.look.answer for one in alone if one.look is not None])
+        torch.testing.assert_close(step.look.answer, answers, rtol=0, atol=1e-4)
+        for name, value in step.acts.state.items():
+            wanted = torch.cat([one.acts.state[name] for one in alone])
+            torch.testing.assert_close(value, wanted, rtol=0, atol=1e-4)
 
 
 def test_packed_layers_are_joined_layers_and_the_reference_is_not() -> None:

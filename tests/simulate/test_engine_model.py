@@ -18,8 +18,9 @@ from offramp_cloud.costs import Group
 from offramp_cloud.counters import Counters
 from offramp_cloud.elevator import Elevator
 from offramp_cloud.waiting import Load, Request
-from offramp_common.activations import Activations
+from offramp_common.activations import Activations, Rows
 from offramp_common.runner import Knobs, Look, Step
+from offramp_model.split_model import join_rows
 from offramp_simulate.engine_model import Job
 from offramp_simulate.engine_times import EngineTimes
 from offramp_simulate.farm import Busy, Farm
@@ -59,13 +60,13 @@ class Climb:
         self.now_s = 0.0
 
     def step(self, acts: Activations[Tensor], knobs: Knobs) -> Step[Tensor]:
-        return self.steps([(acts, knobs)])[0]
+        return self.steps([(Rows.of(acts), knobs)])[0]
 
-    def steps(self, parts: Sequence[tuple[Activations[Tensor], Knobs]]) -> list[Step[Tensor]]:
-        rows = sum(acts.batch_size for acts, _ in parts)
-        tokens = sum(acts.n_tokens for acts, _ in parts)
+    def steps(self, parts: Sequence[tuple[Rows[Tensor], Knobs]]) -> list[Step[Tensor]]:
+        rows = sum(given.batch_size for given, _ in parts)
+        tokens = sum(given.n_tokens for given, _ in parts)
         self.now_s += FIXED_S + TOKEN_S * tokens + ROW_S * rows
-        return [self._step(acts) for acts, _ in parts]
+        return [self._step(join_rows(given)) for given, _ in parts]
 
     def _step(self, acts: Activations[Tensor]) -> Step[Tensor]:
         further = Activations(acts.hidden_BTD, acts.lengths_B, acts.depth + 1)
