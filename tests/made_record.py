@@ -122,7 +122,7 @@ class Rows:
     def wasted(self, ms: float) -> None:
         self.wasted_ms += ms
 
-    def probed(self, nbytes: int) -> None:
+    def beside(self, nbytes: int) -> None:
         """Not looked at."""
 
     def column(self, name: str) -> NDArray[Any]:

@@ -16,6 +16,8 @@ LAYER_MS = 20.0
 """What a layer of 16 tokens or fewer takes on the device, by sleeping; longer ones in proportion."""
 LEAD_S = 2.5
 """From the link's start to the first request: the agent connects meanwhile."""
+SETTLE_S = 0.4
+"""After the last answer, until bytes are counted: the last acknowledgements are through."""
 REQUESTS, WARM_UP = 150, 10
 POINT = "depth 3.4"
 """The operating point: half of the samples pass layer 2 without leaving, so that both sides count."""

@@ -45,7 +45,7 @@ def facts(runs: Sequence[dict[str, Any]], n_layers: int, deadline_ms: float) -> 
     rows = [row for run in runs for row in run["rows"][WARM_UP:]]
     n, ms = len(rows), [row[1] for row in rows]
     exits = [sum(row[4] == depth for row in rows) / n for depth in range(1, n_layers + 1)]
-    nbytes = sum(run["bytes_up"] + run["bytes_down"] + run.get("probes", 0) for run in runs)
+    nbytes = sum(run["bytes_up"] + run["bytes_down"] + run.get("connection", 0) for run in runs)
     sent = [row[1] for row in rows if row[5] < n_layers]
     return {
         "n": n,

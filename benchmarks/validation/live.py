@@ -15,11 +15,10 @@ from offramp_edge.breaker import UP
 from offramp_simulate.arrivals import Draws, requests
 from offramp_simulate.processes import Child
 from offramp_simulate.scenario import Scenario
-from validation.cells import LEAD_S, WARM_UP, Cell
+from validation.cells import LEAD_S, SETTLE_S, WARM_UP, Cell
 from validation.place import Place
 
 _START_S = 20.0
-_SETTLE_S = 0.4  # until the last acknowledgements are through
 _LONGEST_S = 120.0
 STAGES = ("queue", "device", "encode", "network", "cloud")
 
@@ -60,7 +59,7 @@ async def _block(
         found[number] = _row(asked_s, answer)
 
     await asyncio.wait_for(_asking(place, scenario, began_s, ask), _LONGEST_S)
-    await asyncio.sleep(_SETTLE_S)
+    await asyncio.sleep(SETTLE_S)
     after = await link.ask("stats")
     return {
         "columns": ["asked_s", "ms", "where", "reason", "exit", "split", "up", "down", *STAGES],

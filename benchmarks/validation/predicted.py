@@ -8,25 +8,55 @@ from typing import Any
 import numpy as np
 
 from offramp_simulate import device_model
+from offramp_simulate.links import Shaper
 from offramp_simulate.record import Record
 from offramp_simulate.results import REASONS, WHERE, Answers, Tally
 from offramp_simulate.scenario import Scenario
 from offramp_simulate.world import World
+from offramp_simulate.world_lines import Line, PlainLine, Then
+from validation.cells import SETTLE_S
 
 
 class Kept(Tally):
     """A tally that keeps every answer, too."""
 
-    answers: list[Answers]
-    probe_nbytes: int
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.answers: list[Answers] = []
 
     def add(self, a: Answers) -> None:
-        self.__dict__.setdefault("answers", []).append(a)
+        self.answers.append(a)
         super().add(a)
 
-    def probed(self, nbytes: int) -> None:
-        self.probe_nbytes = self.__dict__.get("probe_nbytes", 0) + nbytes
-        super().probed(nbytes)
+
+class Counting(PlainLine):
+    """A direction that remembers when its bytes come out, as `offramp link` counts them."""
+
+    def __init__(self, world: World, shaper: Shaper) -> None:
+        super().__init__(world, shaper)
+        self._arrived: list[tuple[float, int]] = []
+
+    def send(self, nbytes: int, now_s: float, then: Then, *args: Any) -> None:
+        self._world.at(self._shaper.send(nbytes, now_s).arrives_s, self._out, nbytes, then, args)
+
+    def until(self, when_s: float) -> int:
+        """Bytes that are out by then."""
+        return sum(nbytes for arrived_s, nbytes in self._arrived if arrived_s <= when_s)
+
+    def _out(self, nbytes: int, then: Then, args: tuple[Any, ...]) -> None:
+        self._arrived.append((self._world.clock.now_s, nbytes))
+        then(*args)
+
+
+class Counted(World):
+    """Over lines that count."""
+
+    lines: tuple[Counting, Counting]
+
+    def _lines(self, number: int) -> tuple[Line, Line]:
+        up, down = self._shapers(number)
+        self.lines = Counting(self, up), Counting(self, down)
+        return self.lines
 
 
 def run(scenario: Scenario, record: Record) -> dict[str, Any]:
@@ -40,7 +70,8 @@ def run(scenario: Scenario, record: Record) -> dict[str, Any]:
         from offramp_simulate.planners import maker
 
         make = maker(plan, scenario, record, resolved)
-    World(scenario, record, profile, resolved, kept, make, plan.min_split).run()
+    world = Counted(scenario, record, profile, resolved, kept, make, plan.min_split)
+    world.run()
     one = kept.answers
     columns = {
         name: np.concatenate([getattr(a, name) for a in one])
@@ -63,10 +94,6 @@ def run(scenario: Scenario, record: Record) -> dict[str, Any]:
         ms, n = 1e3 * (ended_s - began_s), record.header.n_layers
         row = [began_s, ms, WHERE[where], REASONS[reason], exit, n if cut < 0 else cut, up, down]
         rows.append(row)
-    up, down = (int(columns[name].sum()) for name in ("up_N", "down_N"))
-    return {
-        "rows": rows,
-        "bytes_up": up,
-        "bytes_down": down,
-        "probes": kept.__dict__.get("probe_nbytes", 0),
-    }
+    until_s = float(columns["ended_s_N"].max()) + SETTLE_S
+    up, down = (line.until(until_s) for line in world.lines)
+    return {"rows": rows, "bytes_up": up, "bytes_down": down, "connection": world.pings.nbytes}

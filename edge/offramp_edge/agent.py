@@ -153,7 +153,7 @@ class Agent:
     async def _on_device(self, flight: Flight) -> tuple[Progress, Place | None]:
         """The device's layers; without a place where the cloud is to run the rest."""
         asked_s = self._clock.now()
-        await self._device.turn.acquire(flight.rank)
+        flight.waited = await self._device.turn.acquire(flight.rank)
         try:
             progress = await self._begin(flight)
             flight.ran(progress, asked_s)
@@ -198,6 +198,7 @@ class Agent:
                 turn.samples,
                 offloads.in_flight,
                 session.worth_asking(),
+                flight.waited,
             )
             return self.planner.choose(standing)
 

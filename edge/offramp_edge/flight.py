@@ -36,7 +36,7 @@ class Flight:
     off_device   set when the device has room for the next
     sent         the depth at which it was sent to the cloud; None where it was not
     hedge, spooled, codec   as in Answer
-    rank         in the device's turn
+    rank         in the device's turn;  waited: it had to wait for that
     trace        its spans, where somebody wants them
     """
 
@@ -53,6 +53,7 @@ class Flight:
     spooled: bool = False
     codec: str = ""
     rank: int = SAMPLE
+    waited: bool = False
     trace: Trace | None = None
 
     def ran(self, progress: Progress, asked_s: float) -> None:

@@ -117,7 +117,7 @@ class AutoPlanner:
         self.asked += 1
         if not standing.depth:
             self.usual_tokens += 0.05 * (standing.n_tokens - self.usual_tokens)
-            self.crowd.came(standing.waiting)
+            self.crowd.came(standing.waiting, standing.waited)
         self.on_asked()
         self._look()
         if self._stays(standing):
@@ -200,11 +200,16 @@ class AutoPlanner:
         solution serves all depths."""
         tokens = -(-standing.n_tokens // _TOKENS) * _TOKENS
         waiting = 0 if self._blind else standing.waiting
-        busy = 0 if self._blind else self.crowd.tenths()
+        busy, arrivals = (0, 0) if self._blind else self._crowd_steps()
         queue_ms, queued, depth = self.world.link.queue_ms(), 0, 0
         if queue_ms:
             depth, queued = standing.depth, 0 if self._blind else standing.in_flight
-        return depth, tokens, waiting, queued, _step(queue_ms), busy, standing.reachable
+        return depth, tokens, waiting, queued, _step(queue_ms), busy, arrivals, standing.reachable
+
+    def _crowd_steps(self) -> tuple[int, int]:
+        """(tenths of its time that the device is at work, the step of those who come in a second)."""
+        busy = self.crowd.tenths()
+        return busy, _step(1000 * self.crowd.arrivals()) if busy else 0
 
     def _solved(self, key: tuple[int, ...], left_step: int) -> list[Stage]:
         stages = self.solver.solve(self._problem(key, left_step))
@@ -215,7 +220,7 @@ class AutoPlanner:
         return stages
 
     def _problem(self, key: tuple[int, ...], left_step: int) -> Problem:
-        depth, n_tokens, waiting, queued, queue_step, busy, reachable = key
+        depth, n_tokens, waiting, queued, queue_step, busy, arrivals, reachable = key
         believed, tokens = self._believed, max(n_tokens, FEWEST_TOKENS)
         assert believed is not None
         nothing: tuple[()] = ()
@@ -234,7 +239,7 @@ class AutoPlanner:
             waiting,
             queued,
             busy / 10,
-            self.crowd.arrivals(busy / 10),
+            _value(arrivals) / 1000,
         )
 
     def _longest_ms(self, standing: Standing, stages: list[Stage]) -> float:

@@ -25,6 +25,7 @@ class Standing:
     waiting      samples that wait for the device behind this one
     in_flight    offloads of this device in the air
     reachable    whether the cloud takes work at the moment
+    waited       whether this one had to wait for the device
     """
 
     depth: int
@@ -34,6 +35,7 @@ class Standing:
     waiting: int = 0
     in_flight: int = 0
     reachable: bool = True
+    waited: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,16 +24,17 @@ class Turn:
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
 
-    async def acquire(self, rank: int = SAMPLE) -> None:
-        """Wait for the turn; of those who wait, the lowest rank gets it first."""
+    async def acquire(self, rank: int = SAMPLE) -> bool:
+        """Wait for the turn; of those who wait, the lowest rank gets it first. False where it was free."""
         if not self._held:
             self._held = True
-            return
+            return False
         coming: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (rank, next(self._numbers), coming))
         self.samples += rank == SAMPLE
         try:
             await coming
+            return True
         except asyncio.CancelledError:
             if coming.done() and not coming.cancelled():  # it came at the same moment
                 self.release()

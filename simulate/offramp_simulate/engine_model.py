@@ -38,6 +38,10 @@ class Job:
         self.arrived_s = self.ran_s = self.work = 0.0
         self.reports_ms = (0.0, 0.0)
 
+    def unwanted(self) -> None:
+        """Nobody waits for it any more."""
+        self.wanted_s = -math.inf
+
     def queue_ms(self, now_s: float) -> float:
         """Of its time in the house, what no layer ran for it; it is over now."""
         return 1e3 * max(0.0, now_s - self.arrived_s - self.ran_s)

@@ -29,6 +29,7 @@ class Farm:
     order of time.
 
     engines     that take jobs;  held  jobs in the house
+    next_s      when something happens next by itself; infinity when nothing does
     came        layers x tokens that were let in, to the top
     replica_s   of engines that were there or started;  most  of them at once
     """
@@ -38,7 +39,7 @@ class Farm:
     ) -> None:
         """`scaler` says how many engines there are to be; without one the scenario's settings do."""
         self.cloud, self.times = cloud, times
-        self.came = 0.0
+        self.came, self.next_s = 0.0, math.inf
         self.replica_s = 0.0
         self.most = 0
         self._rng = random.Random(seed)
@@ -54,11 +55,6 @@ class Farm:
         self._scaler = scaler or (WorkScaler(cloud) if cloud.scales else None)
         if self._scaler is not None:
             self._push(self._scaler.every_s, None)
-
-    @property
-    def next_s(self) -> float:
-        """When something happens next by itself; infinity when nothing does."""
-        return self._heap[0][0] if self._heap else math.inf
 
     @property
     def held(self) -> int:
@@ -130,6 +126,7 @@ class Farm:
                 done.append((now_s, left))
             if engine.ends_s < math.inf:
                 self._push(engine.ends_s, engine)
+        self.next_s = heap[0][0] if heap else math.inf
         return done
 
     def kill(self, now_s: float) -> list[Job]:
@@ -170,6 +167,7 @@ class Farm:
         self._serial += 1
         turn = 0 if engine is None else engine.turn
         heapq.heappush(self._heap, (when_s, self._serial, turn, engine))
+        self.next_s = self._heap[0][0]
 
     def _add(self, starts_s: float, now_s: float) -> None:
         engine = Engine(self._numbers, self.times, self.cloud, starts_s)

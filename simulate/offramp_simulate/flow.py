@@ -2,7 +2,7 @@
 
 Requests flow one way: device, uplink, engines, downlink. Each stage takes what is ready before the next
 chunk's first request (nothing that comes later can be served before it) and keeps the rest. What would
-feed back is watched for: an answer near its deadline or later than the agent's patience, more in the air
+feed back is watched for: an answer near its deadline or later than usual, more in the air
 than it allows, an engine that refuses. Then `Feedback` is raised, and the event kernel (world.py) runs the
 scenario instead.
 """
@@ -15,15 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp_simulate.arrivals import Requests, phases, requests
+from offramp_simulate.beside import Pings
 from offramp_simulate.device_model import Fixed
 from offramp_simulate.engine_model import Job
 from offramp_simulate.engine_times import EngineTimes
 from offramp_simulate.farm import Busy, Farm
-from offramp_simulate.links import LinkProfile
+from offramp_simulate.links import Direction, LinkProfile
 from offramp_simulate.queues import ConstantCourse, Course, TraceCourse, fifo
 from offramp_simulate.record import Record
 from offramp_simulate.results import CLOUD, DEVICE, Answers, Tally
 from offramp_simulate.scenario import Scenario
+from offramp_simulate.world_parts import doubt_s
 
 _FLIGHT = np.dtype(
     [
@@ -65,19 +67,20 @@ class Flow:
         count = scenario.devices.count
         self._free_D = np.full(count, -np.inf)
         self._up, self._down = _Line(scenario, profile, "up"), _Line(scenario, profile, "down")
-        gateway_ms = scenario.cloud.gateway_ms
-        gateway_ms = record.header.gateway_ms if gateway_ms < 0 else gateway_ms
+        own_ms = record.header.gateway_ms
+        gateway_ms = own_ms if scenario.cloud.gateway_ms < 0 else scenario.cloud.gateway_ms
         self._gateway_s = gateway_ms / 2e3 + self.farm.times.fixed_s / 2
         self._at_cloud: Flights = np.zeros(0, _FLIGHT)
         self._inside: Flights = np.zeros(0, _FLIGHT)
         self._number = 0
         self._warm_up = scenario.warm_up
-        self._limits = _Limits(scenario, plan)
+        self._limits, self._pings = _Limits(scenario, plan), Pings()
 
     def run(self) -> None:
         """Raises Feedback, with the tally half full, when the run is not one-way."""
         for chunk in requests(self._scenario, self._record):
             self._take(chunk)
+        self._tally.beside(self._pings.nbytes)
         self.farm.closed(self._tally.last_s)
 
     def _take(self, chunk: Requests) -> None:
@@ -159,12 +162,11 @@ class Flow:
         return done
 
     def _answered(self, done: Flights) -> None:
-        plan = self._plan
-        if not len(done):
-            return
+        plan, sample = self._plan, done["sample"]
         assert plan.cut is not None
         self._limits.answered(done, True)
-        sample = done["sample"]
+        for device, now_s in zip(done["device"].tolist(), done["now"].tolist(), strict=True):
+            self._pings.replied(device, now_s)
         self._add(done, CLOUD, plan.cut.exit_N[sample], plan.cut.right_N[sample])
 
     def _add(
@@ -174,8 +176,9 @@ class Flow:
         flights, exits, right = flights[counted], exits[counted], right[counted]
         n, cut = len(flights), self._plan.cut
         sent = where == CLOUD and cut is not None
-        up = self._up_nbytes(flights) if sent else np.zeros(n, np.int64)
-        down = self._down_nbytes(flights) if sent else np.zeros(n, np.int64)
+        up, down = np.zeros((2, n), np.int64)
+        if sent:
+            up, down = self._up_nbytes(flights), self._down_nbytes(flights)
         self._tally.add(
             Answers(
                 flights["began"],
@@ -204,15 +207,15 @@ class Flow:
 class _Line:
     """One direction of the links: a queue for each device, or one for all."""
 
-    def __init__(self, scenario: Scenario, profile: LinkProfile, direction: str) -> None:
+    def __init__(self, scenario: Scenario, profile: LinkProfile, direction: Direction) -> None:
         mbps = profile.uplink_mbps if direction == "up" else profile.downlink_mbps
-        trace = profile.trace
         count = 1 if scenario.link.shared else scenario.devices.count
         self._phase_Q = np.zeros(count)
         self._course: Course = ConstantCourse(mbps)
-        if trace is not None:
-            self._course = TraceCourse(trace.scaled(mbps / trace.mean_mbps))
-            self._phase_Q = phases(scenario, trace.period_s)
+        trace = profile.trace_of(direction)
+        if profile.trace is not None and trace is not None:
+            self._course = TraceCourse(trace)
+            self._phase_Q = phases(scenario, profile.trace.period_s)
         self._shared, self._delay_s = scenario.link.shared, profile.rtt_ms / 2e3
         self._free_Q = np.full(count, -np.inf)
         self._held: Flights = np.zeros(0, _FLIGHT)
@@ -244,6 +247,7 @@ class _Limits:
         # An agent stops before a layer that would be late: no answer may come so near to its deadline.
         layers_ms = float(plan.samples.layer_ms_NL.sum(axis=1).max())
         self._patience_s = (scenario.deadline_ms - agent.margin_ms - layers_ms) / 1e3
+        self._shortest_s = math.inf
         self._air_D = np.zeros(scenario.devices.count, np.int64)
         self._device: list[NDArray[np.int64]] = []
         self._when: list[NDArray[np.float64]] = []
@@ -260,9 +264,13 @@ class _Limits:
         if took_s > self._patience_s:
             raise Feedback(f"an answer takes {took_s:.3g} s, too near to its deadline")
         if offloaded:
-            took_s = float((flights["now"] - flights["sent"]).max())
+            took_s_N = flights["now"] - flights["sent"]
+            took_s, self._shortest_s = float(took_s_N.max()), min(self._shortest_s, took_s_N.min())
             if took_s >= self._timeout_s:
                 raise Feedback(f"an offload takes {took_s:.3g} s, beyond offload_timeout_ms")
+            # Usual is a mean of times before, so no less than the shortest.
+            if took_s >= doubt_s(self._shortest_s):
+                raise Feedback(f"an offload takes {took_s:.3g} s, so that the cloud may be greeted")
             self._note(flights["device"], flights["now"], -1)
 
     def settle(self, until: float) -> None:

@@ -65,6 +65,27 @@ class ConstantRate:
         return ConstantRate(self.mbps * factor)
 
 
+class Shifted:
+    """A rate whose time runs ahead."""
+
+    def __init__(self, rate: Rate, by_s: float) -> None:
+        self._rate, self._by_s = rate, by_s
+
+    @property
+    def mean_mbps(self) -> float:
+        return self._rate.mean_mbps
+
+    @property
+    def peak_mbps(self) -> float:
+        return self._rate.peak_mbps
+
+    def finish_s(self, start_s: float, nbytes: int) -> float:
+        return self._rate.finish_s(start_s + self._by_s, nbytes) - self._by_s
+
+    def scaled(self, factor: float) -> Rate:
+        return Shifted(self._rate.scaled(factor), self._by_s)
+
+
 @dataclass(frozen=True)
 class LinkProfile:
     """One link, both directions. ConfigError when a value is out of range."""
@@ -77,6 +98,7 @@ class LinkProfile:
     jitter_ms: float = 0.0  # extra one-way delay of a chunk, uniform in [0, jitter_ms]; keeps order
     seed: int = 0  # of the jitter
     trace: RateTrace | None = None  # varies the rates; the two above are then its means
+    downlink_trace: RateTrace | None = None  # of the downlink, where it does not follow `trace`
     loss: GilbertElliott | None = None  # of packets, in each direction; drawn with the seed too
 
     def __post_init__(self) -> None:
@@ -110,11 +132,16 @@ class LinkProfile:
         mean = trace.mean_mbps
         return cls(trace.name, mean * uplink_factor, mean * downlink_factor, rtt_ms, trace=trace)
 
+    def trace_of(self, direction: Direction) -> RateTrace | None:
+        """At this direction's rates; None where they are constant."""
+        mbps, trace = self.uplink_mbps, self.trace
+        if direction == "down":
+            mbps, trace = self.downlink_mbps, self.downlink_trace or self.trace
+        return None if trace is None else trace.scaled(mbps / trace.mean_mbps)
+
     def rate(self, direction: Direction) -> Rate:
         mbps = self.uplink_mbps if direction == "up" else self.downlink_mbps
-        if self.trace is None:
-            return ConstantRate(mbps)
-        return self.trace.scaled(mbps / self.trace.mean_mbps)
+        return self.trace_of(direction) or ConstantRate(mbps)
 
     def chunk_nbytes(self, direction: Direction) -> int:
         """How much one connection puts on the link in its turn: whole segments, about 2 ms."""
@@ -206,7 +233,7 @@ class Shaper:
         """
         self.queued_nbytes(now_s)  # for a caller who only sends: forget what has departed
         departs_s = self.rate.finish_s(max(now_s, self._last.departs_s), nbytes)
-        jitter_s = self._random.uniform(0, self._jitter_s)
+        jitter_s = self._random.uniform(0, self._jitter_s) if self._jitter_s else 0.0
         arrives_s = max(departs_s + self._delay_s + jitter_s, self._last.arrives_s)
         self._waiting.append((departs_s, nbytes))
         self._queued_nbytes += nbytes

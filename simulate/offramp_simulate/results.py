@@ -61,7 +61,7 @@ class Tally:
         self._bytes = np.zeros(2, np.int64)
         self._sums = np.zeros(3)  # latency ms, device ms, joule
         self._longest_ms = 0.0
-        self._probes = 0
+        self._beside = 0
         self._kept: list[list[float]] = []
         self.first_s, self.last_s = math.inf, 0.0
 
@@ -99,9 +99,9 @@ class Tally:
         """The device computed so long for nothing."""
         self._sums += [0.0, ms, self._costs.compute_w * ms / 1e3]
 
-    def probed(self, nbytes: int) -> None:
-        """Bytes of probes: they cost, and belong to no answer."""
-        self._probes += nbytes
+    def beside(self, nbytes: int) -> None:
+        """Bytes of probes, greetings, pings and cancels: they cost, and belong to no answer."""
+        self._beside += nbytes
 
     def quantile_ms(self, share: float) -> float:
         """Good to half a percent; the longest is exact."""
@@ -145,7 +145,7 @@ class Tally:
             "missed": missed / n,
             "bytes_up": _short(up / n),
             "bytes_down": _short(down / n),
-            "bytes_of_probes": _short(self._probes / n),
+            "bytes_beside": _short(self._beside / n),
             "device_ms": _short(self._sums[1] / n),
             "device_mj": _short(1e3 * self._sums[2] / n),
         }
@@ -153,7 +153,7 @@ class Tally:
     def cloud(self, busy_s: float, replica_s: float, rows_a_layer: float | None) -> dict[str, Any]:
         """What the cloud did for them."""
         n, c = max(self.requests, 1), self._costs
-        traffic = (int(self._bytes.sum()) + self._probes) / 1e9 * c.traffic_usd_per_gb
+        traffic = (int(self._bytes.sum()) + self._beside) / 1e9 * c.traffic_usd_per_gb
         per_hour = c.replica_usd_per_hour / 3600
         return {
             "cloud_ms": _short(1e3 * busy_s / n),

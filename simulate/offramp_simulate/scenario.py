@@ -110,6 +110,9 @@ class Scenario:
                 trace, rtt_ms=choice.rtt_ms, downlink_factor=choice.downlink_factor
             )
             base = replace(base, jitter_ms=choice.jitter_ms)
+            if choice.downlink_trace:
+                down = self._read(choice.downlink_trace, choice.downlink_trace_name)
+                base = replace(base, downlink_trace=down, downlink_mbps=down.mean_mbps)
         elif choice.profile:
             base, default = PROFILES[choice.profile], LinkChoice()
             names = ("uplink_mbps", "downlink_mbps", "rtt_ms", "jitter_ms")
@@ -132,8 +135,10 @@ class Scenario:
             return markov_trace(choice.markov_mbps, choice.markov_s, self.seed)
         if not choice.trace:
             return None
-        trace = load_trace(self.file(choice.trace), choice.trace_name or None)
-        return trace.scaled(choice.trace_scale)
+        return self._read(choice.trace, choice.trace_name)
+
+    def _read(self, file: str, name: str) -> RateTrace:
+        return load_trace(self.file(file), name or None).scaled(self.link.trace_scale)
 
 
 _TABLES: dict[str, type[Any]] = {

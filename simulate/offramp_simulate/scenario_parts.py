@@ -66,14 +66,15 @@ class LinkChoice:
 
     trace          file of recorded rates, `trace_name` one in it (default: the first)
     trace_scale    times the recorded rates: most recordings are of downlinks, so say what you scale by
-    downlink_factor   downlink over uplink, with a trace
+    downlink_factor   downlink over uplink, with a trace of one direction
+    downlink_trace, downlink_trace_name   the downlink's own recorded rates; it starts where the other does
     markov_mbps, markov_s   uplink rates, and how long each lasts on average; the next one is any other
     shared         all devices share one link, as in a cell; false: one each
     same_phase     traces start at the same place for every device; false: each at a place of its own
     trace_start_s  how far into the trace a run begins, for a single device or with same_phase
     tcp            each connection has TCP's window, slow start after idle, and recovery of losses
     loss, loss_burst   share of packets lost, and how many in a row on average (0: one by one); with tcp
-    beside_nbytes  what HTTP/2, gRPC and TLS put beside each message
+    beside_nbytes  what HTTP/2, gRPC and TLS put beside each message: see beside.py
     """
 
     profile: str = ""
@@ -85,6 +86,8 @@ class LinkChoice:
     trace_name: str = ""
     trace_scale: float = 1.0
     downlink_factor: float = 4.0
+    downlink_trace: str = ""
+    downlink_trace_name: str = ""
     markov_mbps: tuple[float, ...] = ()
     markov_s: tuple[float, ...] = ()
     tcp: bool = False
@@ -93,7 +96,7 @@ class LinkChoice:
     shared: bool = False
     same_phase: bool = False
     trace_start_s: float = 0.0
-    beside_nbytes: int = 80
+    beside_nbytes: int = 64
 
     def __post_init__(self) -> None:
         if self.profile and self.profile not in PROFILES:
@@ -112,6 +115,10 @@ class LinkChoice:
             )
         if bool(self.markov_mbps) and bool(self.trace):
             raise ConfigError("both a trace and Markov states: leave one of them out")
+        if self.downlink_trace and not self.trace:
+            raise ConfigError("downlink_trace without trace: name the uplink's too")
+        if self.downlink_trace_name and not self.downlink_trace:
+            raise ConfigError("downlink_trace_name without downlink_trace: name its file too")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ in the cloud in world_cloud.py. A plain heap rather than SimPy: see docs/decisio
 
 from __future__ import annotations
 
-import heapq
+import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,11 @@ from offramp_edge.answers import Answer
 from offramp_edge.device import LayerTimes
 from offramp_edge.planning import Learns, Planner
 from offramp_simulate.arrivals import Draws, phases, requests
+from offramp_simulate.beside import Pings
 from offramp_simulate.device_model import Cut, Resolved, cut, samples
 from offramp_simulate.engine_times import EngineTimes
 from offramp_simulate.farm import Farm
-from offramp_simulate.links import LinkProfile, Rate, Shaper
+from offramp_simulate.links import LinkProfile, Shaper, Shifted
 from offramp_simulate.record import Record
 from offramp_simulate.results import REASONS, WHERE, Answers, Tally
 from offramp_simulate.scenario import Scenario
@@ -60,8 +64,8 @@ class World:
         self.of = samples(record, scenario, plan)
         self.farm = Farm(EngineTimes(record, scenario.cloud), scenario.cloud, scenario.seed)
         self.planner_for, self._probe_depth = planner_for, max(1, min_split)
-        self.events = 0
-        self._tally, self._serial = tally, 0
+        self.events, self.pings = 0, Pings()
+        self._tally, self._serial = tally, itertools.count(1)
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._rows: list[tuple[Any, ...]] = []
         self._cuts: dict[
@@ -73,6 +77,7 @@ class World:
             self._phases = phases(scenario, profile.trace.period_s)
         self._cell = self._shapers(0) if scenario.link.shared else None
         self._outstanding = self._taken = 0
+        self._warm_up, self._closes = scenario.warm_up, scenario.arrivals.kind == "closed"
         self._drawn: Iterator[tuple[int, float, float]] = iter(())
         self._probe_nbytes: dict[int, int] = {}
         self.right = self.of.right_NE.tolist()
@@ -83,31 +88,37 @@ class World:
     def run(self) -> None:
         """To the last answer."""
         self.cloud.faults.schedule()
-        arrivals = self._closed() if self.scenario.arrivals.kind == "closed" else self._open()
+        arrivals = self._closed() if self._closes else self._open()
+        with _without_collector():
+            self._loop(arrivals)
+        self._flush()
+        self._tally.beside(self.pings.nbytes)
+        self.farm.closed(self._tally.last_s)
+
+    def _loop(self, arrivals: Iterator[Flight]) -> None:
+        farm, heap, clock, arrived = self.farm, self._heap, self.clock, self.device.arrived
         coming = next(arrivals, None)
-        farm, heap, clock = self.farm, self._heap, self.clock
+        coming_s = math.inf if coming is None else coming.began_s
         while coming is not None or self._outstanding:
-            when = heap[0][0] if heap else math.inf
-            if farm.next_s <= when and (coming is None or farm.next_s <= coming.began_s):
-                clock.now_s = farm.next_s
-                for _, batch in farm.advance(farm.next_s):
+            when, farm_s = heap[0][0] if heap else math.inf, farm.next_s
+            if farm_s <= when and farm_s <= coming_s:
+                clock.now_s = farm_s
+                for _, batch in farm.advance(farm_s):
                     self.cloud.finished(batch)
-            elif coming is not None and coming.began_s < when:
-                clock.now_s = coming.began_s
+            elif coming is not None and coming_s < when:
+                clock.now_s = coming_s
                 self._outstanding += 1
-                self.device.arrived(coming)
+                arrived(coming)
                 coming = next(arrivals, None)
+                coming_s = math.inf if coming is None else coming.began_s
             else:
-                clock.now_s, _, call, args = heapq.heappop(heap)
+                clock.now_s, _, call, args = heappop(heap)
                 call(*args)
                 self.events += 1
-        self._flush()
-        farm.closed(self._tally.last_s)
 
     def at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
         """Call it then."""
-        self._serial += 1
-        heapq.heappush(self._heap, (when_s, self._serial, call, args))
+        heappush(self._heap, (when_s, next(self._serial), call, args))
 
     def side(self, number: int) -> Side:
         """A device, made when it is first heard of."""
@@ -150,6 +161,8 @@ class World:
         flight.stage = DONE
         self._outstanding -= 1
         now_s = self.clock.now_s
+        if down_nbytes:
+            self.pings.replied(flight.side.number, now_s)
         if flight.side.learns is not None:
             ms = 1e3 * (now_s - flight.began_s)
             split = self.of.n_layers if flight.cut < 0 else flight.cut
@@ -158,7 +171,7 @@ class World:
                 reason=reason, split=split, complete=True, confidence=0.0, ms=ms,
             )  # fmt: skip
             flight.side.learns.answered(said)
-        if flight.number >= self.scenario.warm_up:
+        if flight.number >= self._warm_up:
             self._rows.append(
                 (
                     flight.began_s, now_s, flight.side.number, where, _PLACES.get(reason, 0), exit,
@@ -167,7 +180,7 @@ class World:
             )  # fmt: skip
             if len(self._rows) >= _FLUSH:
                 self._flush()
-        if self.scenario.arrivals.kind == "closed":
+        if self._closes:
             self._next_of(flight.side.number, now_s + self.scenario.arrivals.think_s)
 
     def wasted(self, ms: float) -> None:
@@ -189,12 +202,12 @@ class World:
         """That a probe has the cloud run."""
         return self.of.n_layers - self._probe_depth
 
-    def probed(self, nbytes: int) -> None:
-        """Bytes that no answer was asked for."""
-        self._tally.probed(nbytes)
+    def beside(self, nbytes: int) -> None:
+        """Bytes that belong to no answer."""
+        self._tally.beside(nbytes)
 
     def _open(self) -> Iterator[Flight]:
-        number, agent = 0, self.scenario.agent
+        number, agent, sides = 0, self.scenario.agent, self._sides
         patience_s = (self.scenario.deadline_ms - agent.margin_ms) / 1e3
         for chunk in requests(self.scenario, self.record):
             columns = (
@@ -204,7 +217,8 @@ class World:
             for when, device, sample, one, other in zip(
                 *(c.tolist() for c in columns), strict=True
             ):
-                flight = Flight(self.side(device), number, when, sample, (one, other))
+                side = sides.get(device) or self.side(device)
+                flight = Flight(side, number, when, sample, (one, other))
                 flight.until_s = when + patience_s
                 yield flight
                 number += 1
@@ -247,7 +261,7 @@ class World:
         up, down = self.profile.shaper("up"), self.profile.shaper("down")
         phase_s = float(self._phases[number % len(self._phases)])
         if phase_s:
-            up.rate, down.rate = _Shifted(up.rate, phase_s), _Shifted(down.rate, phase_s)
+            up.rate, down.rate = Shifted(up.rate, phase_s), Shifted(down.rate, phase_s)
         return up, down
 
     def _flush(self) -> None:
@@ -260,25 +274,16 @@ class World:
             self._rows = []
 
 
-class _Shifted:
-    """A rate whose time runs ahead."""
-
-    def __init__(self, rate: Rate, by_s: float) -> None:
-        self._rate, self._by_s = rate, by_s
-
-    @property
-    def mean_mbps(self) -> float:
-        return self._rate.mean_mbps
-
-    @property
-    def peak_mbps(self) -> float:
-        return self._rate.peak_mbps
-
-    def finish_s(self, start_s: float, nbytes: int) -> float:
-        return self._rate.finish_s(start_s + self._by_s, nbytes) - self._by_s
-
-    def scaled(self, factor: float) -> Rate:
-        return _Shifted(self._rate.scaled(factor), self._by_s)
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Millions of small objects; the one ring, of a flight and its job, is opened when it is over."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 _PLACES = {reason: place for place, reason in enumerate(REASONS)}

@@ -15,14 +15,15 @@ from offramp_simulate.farm import Busy
 from offramp_simulate.results import CLOUD
 from offramp_simulate.world_faults import LOST, Faults
 from offramp_simulate.world_handshake import Handshakes
-from offramp_simulate.world_parts import AIR, QUEUED, RETRY, Flight, Side, breaker_for
+from offramp_simulate.world_link import OnLink
+from offramp_simulate.world_parts import AIR, QUEUED, RETRY, Flight, Side, breaker_for, doubt_s
 from offramp_simulate.world_retries import Retries
 
 if TYPE_CHECKING:
     from offramp_simulate.world import World
 
 _TICK_S = 0.001  # as in the live agent: an event loop's timers are no finer
-_SOONEST_DOUBT_S, _UNUSUAL, _NEW = 0.25, 4.0, 0.2  # as in the live session
+_NEW = 0.2  # as in the live session
 
 
 class InCloud:
@@ -40,6 +41,7 @@ class InCloud:
         self._estimates = world.planner_for is not None
         self.in_air: dict[int, Flight] = {}
         self.faults = Faults(world, self)
+        self.link = OnLink(world, self.faults, self.hop_s)
         self.handshakes = Handshakes(world, self)
         self.retries = Retries(world, self)
 
@@ -76,6 +78,7 @@ class InCloud:
         flight.side.usual.given_up(flight.asked_s, self._clock.now_s)
         if flight.transfer is not None:
             flight.side.link.dropped(flight.transfer)
+        self.link.cancel(flight)
         self._over(flight)
 
     def finished(self, batch: list[Job]) -> None:
@@ -84,10 +87,13 @@ class InCloud:
         for job in batch:
             flight = job.key
             assert isinstance(flight, Flight)
+            if job.wanted_s == -math.inf:
+                continue  # the connection is lost, or its cancel has come
             if flight.job is not job or flight.stage != AIR:
-                continue
+                self._world.beside(self.down_nbytes)
             job.reports_ms = job.queue_ms(self._clock.now_s), 1e3 * job.ran_s
-            flight.side.down.send(self.down_nbytes, leaves_s, self._answered, flight, job)
+            down, nbytes = flight.side.down, self.down_nbytes
+            self.link.carry(down, nbytes, leaves_s, self._answered, flight, job)
 
     # Into the air.
 
@@ -146,10 +152,10 @@ class InCloud:
                 up[flight.sample] - self._world.scenario.link.beside_nbytes, expected_ms
             )
         if side.usual_s is not None:
-            doubt_s = max(_SOONEST_DOUBT_S, _UNUSUAL * side.usual_s)
-            self._world.at(self._clock.now_s + doubt_s, self._doubt, flight, flight.trip)
-        ready_s = self._clock.now_s + encode_ms[flight.sample] * flight.deviation / 1e3
-        self._world.at(ready_s, self._on_link, flight, flight.trip)
+            when_s = self._clock.now_s + doubt_s(side.usual_s)
+            self._world.at(when_s, self._doubt, flight, flight.trip)
+        flight.ready_s = self._clock.now_s + encode_ms[flight.sample] * flight.deviation / 1e3
+        self._world.at(flight.ready_s, self._on_link, flight, flight.trip)
 
     def _on_link(self, flight: Flight, trip: int) -> None:
         if flight.stage != AIR or flight.trip != trip:
@@ -160,9 +166,7 @@ class InCloud:
             return
         nbytes = self._world.cut_at(flight.cut, flight.codec)[1][flight.sample]
         flight.up_nbytes += nbytes
-        if fault is not None:
-            return  # it is gone, and only time tells
-        flight.side.up.send(nbytes, self._clock.now_s, self._at_gateway, flight, trip)
+        self.link.carry(flight.side.up, nbytes, self._clock.now_s, self._at_gateway, flight, trip)
 
     def _at_gateway(self, flight: Flight, trip: int) -> None:
         self._world.at(self._clock.now_s + self.hop_s, self._at_cloud, flight, trip)
@@ -173,13 +177,8 @@ class InCloud:
         fault = self.faults.now("cloud")
         if fault is not None:
             if fault.how == "refused":
-                self._world.at(
-                    self._clock.now_s + self.rtt_s / 2,
-                    self._lost_later,
-                    flight,
-                    trip,
-                    "unavailable",
-                )
+                back_s = self._clock.now_s + self.rtt_s / 2
+                self._world.at(back_s, self._lost_later, flight, trip, "unavailable")
             return
         exit = self._world.cut_at(flight.cut, flight.codec)[2][flight.sample]
         job = Job(
@@ -203,9 +202,8 @@ class InCloud:
         side.usual.took(now_s - flight.asked_s)
         breaker.answered()
         took_s = now_s - flight.asked_s
-        side.usual_s = (
-            took_s if side.usual_s is None else side.usual_s + _NEW * (took_s - side.usual_s)
-        )
+        usual_s = took_s if side.usual_s is None else side.usual_s
+        side.usual_s = usual_s + _NEW * (took_s - usual_s)
         if flight.transfer is not None:
             queue_ms, compute_ms = job.reports_ms
             side.cloud_times.ran(job.exit - job.entered, job.tokens, queue_ms, compute_ms)
@@ -238,11 +236,11 @@ class InCloud:
         """This attempt has failed: tell the breaker, and try again or not."""
         side, breaker = flight.side, flight.side.breaker
         assert breaker is not None
+        if reason == "timeout":
+            self.link.cancel(flight)
         if flight.transfer is not None:
-            if reason in ("timeout", "unavailable"):
-                side.link.failed(flight.transfer)
-            else:
-                side.link.dropped(flight.transfer)
+            known = reason in ("timeout", "unavailable")
+            (side.link.failed if known else side.link.dropped)(flight.transfer)
             flight.transfer = None
         self._out_of_air(flight)
         if retry_s > 0:
@@ -272,9 +270,6 @@ class InCloud:
         assert breaker is not None
         if side.at_air.pop(flight.number, None) is not None:
             breaker.at_work -= 1
-            if flight.job is not None and flight.job is not LOST:
-                # Cancelled: the engine drops it if it has not begun.
-                flight.job.wanted_s = -math.inf
             flight.stage = RETRY
             self._land(side)
 
@@ -296,5 +291,6 @@ class InCloud:
                 if flight.transfer is not None:
                     side.link.failed(flight.transfer)
                     flight.transfer = None
+                self.link.cancel(flight)
                 self._out_of_air(flight)
                 self.retries.failed(flight, breaker.reason)

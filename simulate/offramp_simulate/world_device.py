@@ -40,6 +40,7 @@ class OnDevice:
 
     def arrived(self, flight: Flight) -> None:
         side = flight.side
+        flight.waited = side.busy
         if side.busy:
             side.samples.append(flight)
         else:
@@ -121,6 +122,7 @@ class OnDevice:
             len(side.samples),
             side.in_flight,
             not side.breaker.refusal(),
+            flight.waited,
         )
         choice = side.planner.choose(standing)
         flight.codec = choice.codec

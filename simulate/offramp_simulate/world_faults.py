@@ -49,9 +49,13 @@ class Faults:
                         self._cloud.lose(flight, str(busy))
             return
         self._active.append(fault)
+        if (fault.what, fault.how) == ("link", "silent"):
+            return  # its time stands still: what is on it comes out afterwards
         for side in self._world.sides():
             side.up.reset()
             side.down.reset()
+            side.connected = False
+            side.greetings.clear()
         for flight in list(self._cloud.in_air.values()):
             if flight.stage != AIR:
                 continue

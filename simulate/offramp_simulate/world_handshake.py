@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 from offramp_edge.breaker import ASIDE, UP
 from offramp_edge.link import Transfer
-from offramp_simulate.world_parts import GREETING, IDLE, PAUSED, Flight, Side
+from offramp_simulate.world_greetings import Greetings
+from offramp_simulate.world_parts import IDLE, PAUSED, Flight, Side
 
 if TYPE_CHECKING:
     from offramp_simulate.world import World
     from offramp_simulate.world_cloud import InCloud
 
 _DOUBT_S = 1.0  # as in the live session
-_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS = 500.0, 5
-_CONNECT_ROUND_TRIPS = 3  # TCP, TLS, the handshake
 _PROBE_TOKENS = (16, 1)  # in turns, as in the live session
 
 
@@ -27,6 +26,7 @@ class Handshakes:
         self._clock = world.clock
         self._waiting: dict[int, list[tuple[Flight, int]]] = {}
         self._rngs: dict[int, random.Random] = {}
+        self._greetings = Greetings(world, cloud, self)
 
     def rng_of(self, side: Side) -> random.Random:
         rng = self._rngs.get(side.number)
@@ -71,21 +71,23 @@ class Handshakes:
         engine_s = self._world.farm.times.alone_s(self._world.probe_layers, tokens)
         now_s = self._clock.now_s
         transfer = side.link.sent(nbytes - self._world.scenario.link.beside_nbytes, 1e3 * engine_s)
-        self._world.probed(nbytes + self._cloud.down_nbytes)
-        side.up.send(nbytes, now_s, self._probe_there, side, transfer, tokens, engine_s)
+        self._world.beside(nbytes + self._cloud.down_nbytes)
+        self._cloud.link.carry(
+            side.up, nbytes, now_s, self._probe_there, side, transfer, tokens, engine_s
+        )
 
     def _probe_there(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
         back_s = self._clock.now_s + 2 * self._cloud.hop_s + engine_s
         self._world.at(back_s, self._probe_back, side, transfer, tokens, engine_s)
 
     def _probe_back(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
-        nbytes = self._cloud.down_nbytes
-        side.down.send(
-            nbytes, self._clock.now_s, self._probe_ends, side, transfer, tokens, engine_s
-        )
+        cloud, now_s = self._cloud, self._clock.now_s
+        told = side, transfer, tokens, engine_s
+        cloud.link.carry(side.down, cloud.down_nbytes, now_s, self._probe_ends, *told)
 
     def _probe_ends(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
         side.probing = False
+        self._world.pings.replied(side.number, self._clock.now_s)
         side.link.answered(transfer, 1e3 * engine_s)
         # The cloud reports what a probe took as it does for a sample.
         side.cloud_times.ran(self._world.probe_layers, tokens, 0.0, 1e3 * engine_s)
@@ -116,36 +118,16 @@ class Handshakes:
             self._greet(side)
 
     def _greet(self, side: Side) -> None:
-        breaker = side.breaker
-        assert breaker is not None
-        breaker.ask.clear()
-        side.asking, side.wait_missed = GREETING, 0
-        now_s, cloud = self._clock.now_s, self._cloud
-        fault = cloud.faults.now("link") or cloud.faults.now("cloud")
-        if fault is None:
-            trips = _CONNECT_ROUND_TRIPS if breaker.state != UP else 1
-            takes_s = trips * cloud.rtt_s + 2 * cloud.hop_s
-            self._world.at(now_s + takes_s, self._replied, side, "")
-        elif fault.how == "refused":
-            takes_s = cloud.rtt_s if fault.what == "cloud" else 0.0
-            self._world.at(now_s + takes_s, self._replied, side, "unavailable")
-        else:
-            takes_s = max(_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS * 1e3 * cloud.rtt_s)
-            takes_s = min(takes_s, self._agent.probe_timeout_ms) / 1e3
-            heals_s = fault.at_s + fault.for_s + cloud.rtt_s + 2 * cloud.hop_s
-            if fault.what == "link" and heals_s < now_s + takes_s:
-                # Its packets wait, or are sent again, and come through when the link is back.
-                self._world.at(heals_s, self._replied, side, "")
-            else:
-                self._world.at(now_s + takes_s, self._replied, side, "timeout")
+        assert side.breaker is not None
+        side.breaker.ask.clear()
+        side.wait_missed = 0
+        self._greetings.greet(side)
 
-    def _replied(self, side: Side, reason: str) -> None:
+    def replied(self, side: Side, reason: str) -> None:
+        """What came of the greeting; no reason: it was welcome."""
         breaker = side.breaker
         assert breaker is not None
         side.asking = IDLE
-        fault = self._cloud.faults.now("link") or self._cloud.faults.now("cloud")
-        if not reason and fault is not None:  # it began while the greeting was in the air
-            reason = "unavailable"
         if reason:
             breaker.failed(reason, "")
             self.asked(side)

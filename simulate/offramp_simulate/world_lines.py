@@ -73,7 +73,7 @@ class TcpLine:
     def _now(self, nbytes: int, then: Then, args: tuple[Any, ...]) -> None:
         self._waiting[self._sent] = then, args
         self._sent += 1
-        self._known(self._sender.send(nbytes, self._world.clock.now_s))
+        self._known(self._sender.send(max(nbytes, 1), self._world.clock.now_s))
 
     def _advance(self, connection: int, due_s: float) -> None:
         if connection == self._connections and due_s == self._due_s:

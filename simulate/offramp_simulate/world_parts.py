@@ -20,6 +20,13 @@ from offramp_edge.settings import EdgeSettings
 from offramp_edge.usual import UsualTime
 from offramp_simulate.world_lines import Line
 
+_SOONEST_DOUBT_S, _UNUSUAL = 0.25, 4.0  # as in the live session
+
+
+def doubt_s(usual_s: float) -> float:
+    """After so long without an answer the cloud is greeted."""
+    return max(_SOONEST_DOUBT_S, _UNUSUAL * usual_s)
+
 
 class KernelClock:
     """The kernel's time, as the live classes read it."""
@@ -39,19 +46,21 @@ class Flight:
     until_s              answered by then, the margin taken off
     cloud_until_s        what is left then is needed for an answer here;  give_up_s  or the time-out before
     depth, passed        layers run here; depth of the deepest exit passed, 0 for none
+    ready_s              it is encoded then
     left                 it left here, at `passed`
     cut, codec           where and how it was last sent; cut -1: never
     trip                 number of the attempt in the air; what comes of an older one is not heard
     stage                where it is: see below
     hedging              "" no, "timed", "waits", "runs": the rest here, while the cloud has it
     trouble              why it was sent again
+    waited               it had to wait for the device
     """
 
     __slots__ = (
         "alone", "asked_s", "attempts", "began_s", "cloud_until_s", "codec", "cut", "depth", "deviation",
         "device_ms", "engine_deviation", "give_up_s", "hedging", "job", "late", "left", "number",
-        "passed", "sample", "sent", "side", "stage", "transfer", "trip", "trouble", "until_s",
-        "up_nbytes", "welcomes",
+        "passed", "ready_s", "sample", "sent", "side", "stage", "transfer", "trip", "trouble", "until_s",
+        "up_nbytes", "waited", "welcomes",
     )  # fmt: skip
 
     def __init__(
@@ -59,10 +68,10 @@ class Flight:
     ) -> None:
         self.side, self.number, self.began_s, self.sample = side, number, began_s, sample
         self.deviation, self.engine_deviation = deviations
-        self.until_s = self.give_up_s = self.cloud_until_s = self.asked_s = 0.0
+        self.until_s = self.give_up_s = self.cloud_until_s = self.asked_s = self.ready_s = 0.0
         self.depth = self.passed = self.trip = self.attempts = self.up_nbytes = self.welcomes = 0
         self.cut, self.codec, self.device_ms = -1, "", 0.0
-        self.left = self.late = self.sent = False
+        self.left = self.late = self.sent = self.waited = False
         self.alone = self.hedging = self.trouble = ""
         self.stage = WAITING
         self.job: Any = None
@@ -75,12 +84,13 @@ WAITING, RUNNING, QUEUED, AIR, RETRY, DONE = range(6)
 
 class Side:
     """One device. `samples` and `hedges` wait for its compute, which is `busy`. `times` are what it has
-    measured of its own layers, where a planner asks for them."""
+    measured of its own layers, where a planner asks for them. `greetings` are not answered yet, `greeted`
+    counts them; `welcome`: one was answered while nobody listened; `connected`: the connection stands."""
 
     __slots__ = (
-        "air", "asking", "at_air", "breaker", "budget", "busy", "cloud_times", "down", "greeted_s",
-        "hedges", "in_flight", "learns", "link", "number", "planner", "probes", "probing", "queued",
-        "samples", "times", "up", "usual", "usual_s", "wait_missed",
+        "air", "asking", "at_air", "breaker", "budget", "busy", "cloud_times", "connected", "down",
+        "greeted", "greeted_s", "greetings", "hedges", "in_flight", "learns", "link", "number", "planner",
+        "probes", "probing", "queued", "samples", "times", "up", "usual", "usual_s", "wait_missed", "welcome",
     )  # fmt: skip
 
     def __init__(self, number: int, up: Line, down: Line, share: float, clock: KernelClock) -> None:
@@ -102,11 +112,13 @@ class Side:
         self.learns: Learns | None = None
         self.times: LayerTimes | None = None
         self.greeted_s = 0.0
-        self.asking = IDLE
+        self.asking, self.greeted, self.welcome = IDLE, 0, False
+        self.connected = True
+        self.greetings: list[Any] = []
         self.wait_missed = 0
 
 
-IDLE, PAUSED, GREETING = range(3)
+IDLE, PAUSED, GREETS = range(3)
 """What the device does about its handshake: nothing; it waits before one; one is in the air."""
 
 

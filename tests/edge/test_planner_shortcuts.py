@@ -23,9 +23,9 @@ from offramp_edge.settings import EdgeSettings, plan_for
 
 SHIPPED = Path(__file__).parents[2] / "bundles" / "assistant-intents"
 RECORDED = {
-    2.0: "7fa1bf6338b042bf",
-    10.0: "1dba8353b9b396e6",
-    40.0: "1661dfbfaee50fd5",
+    2.0: "aac0d1c54dfda4fe",
+    10.0: "a7c44e457de63a38",
+    40.0: "8e5dd89a59e2834b",
 }
 """By a layer's milliseconds: the decisions of the planner that solved for every sample."""
 
@@ -71,6 +71,7 @@ def asked(layer_ms: float, count: int) -> Iterator[tuple[AutoPlanner, Standing]]
                 waiting=rng.choice((0, 0, 0, 1, 4) if number > count // 2 else (0,)),
                 in_flight=rng.choice((0, 1)),
                 reachable=rng.random() > 0.05,
+                waited=number > count // 2 and number % 4 == 0,
             ),
         )
 

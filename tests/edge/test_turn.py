@@ -39,6 +39,17 @@ async def test_samples_come_in_order_and_hedges_behind_them_the_oldest_first() -
     assert turn.samples == 0
 
 
+async def test_each_is_told_whether_it_had_to_wait() -> None:
+    turn = Turn()
+    assert not await turn.acquire()
+    behind = asyncio.create_task(turn.acquire())
+    await asyncio.sleep(0)
+    turn.release()
+    assert await behind
+    turn.release()
+    assert not await turn.acquire()
+
+
 async def test_who_asks_when_it_is_handed_over_does_not_come_between() -> None:
     turn = Turn()
     await turn.acquire()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,42 @@ def test_markov_states_make_a_trace_of_the_means_that_were_asked_for() -> None:
     assert made_scenario(
         seed=2, link={"markov_mbps": [1.0, 4.0], "markov_s": [2.0, 6.0]}
     ).profile() != (scenario.profile())
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """Two directions of one link, recorded: a second fast, a second slow, and the other way about."""
+    file = tmp_path / "pair.jsonl"
+    ways = {"up": [4.0, 1.0], "down": [2.0, 8.0]}
+    lines = [{"trace": way, "mbps": mbps, "dt": 1.0} for way, mbps in ways.items()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_each_direction_of_a_link_may_have_a_trace_of_its_own(pair: Path) -> None:
+    link = {"trace": str(pair), "trace_name": "up", "rtt_ms": 20.0}
+    both = {**link, "downlink_trace": str(pair), "downlink_trace_name": "down"}
+    profile = made_scenario(link=both).profile()
+    assert (profile.uplink_mbps, profile.downlink_mbps) == (2.5, 5.0)
+    # 0.1 s at each second's own rate.
+    for direction, nbytes in (("up", (50_000, 12_500)), ("down", (25_000, 100_000))):
+        rate = profile.rate("up" if direction == "up" else "down")
+        assert rate.finish_s(0.5, nbytes[0]) == pytest.approx(0.6)
+        assert rate.finish_s(1.5, nbytes[1]) == pytest.approx(1.6)
+    one = made_scenario(link=link).profile()
+    assert one.rate("down").finish_s(0.5, 4 * 50_000) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("link", "says"),
+    [
+        ({"downlink_trace": "a.jsonl"}, "name the uplink's too"),
+        ({"trace": "a.jsonl", "downlink_trace_name": "down"}, "name its file too"),
+    ],
+)
+def test_a_downlinks_trace_needs_its_file_and_an_uplinks(link: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        made_scenario(link=link)
 
 
 def test_data_files_need_the_folder_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,19 @@ from virtual_time import VirtualLoop, VirtualThread, run_virtual
 
 from offramp_common.activations import Activations, NumpyArray
 from offramp_common.bundle import Bundle
-from offramp_common.errors import CloudBusy, CloudUnavailable
+from offramp_common.errors import CloudBusy, CloudUnavailable, DeadlineExceeded
 from offramp_common.frames import Limits, decode_frame
 from offramp_common.runner import Knobs, Look, Step
 from offramp_common.text import Text
 from offramp_common.transport import Completion, Hello, Offload, Welcome
 from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer, Sample
-from offramp_edge.breaker import UP
 from offramp_edge.device import Device
 from offramp_edge.planning import FixedPlan
 from offramp_edge.session import CloudSession
 from offramp_edge.settings import plan_for
 from offramp_simulate.arrivals import requests
+from offramp_simulate.beside import CANCEL_NBYTES, CONNECTING, GREETING
 from offramp_simulate.device_model import cut, resolve, samples
 from offramp_simulate.engine_model import Job
 from offramp_simulate.engine_times import EngineTimes
@@ -102,15 +102,24 @@ class SimulatedCloud:
         self._hop_s = RECORD.header.gateway_ms / 2e3 + self._farm.times.fixed_s / 2
         self._futures: dict[int, asyncio.Future[Job]] = {}
         self._jobs = 0
-        self.connected: Callable[[], bool] = lambda: False
+        self._connected, self._greetings = False, 0
         self.began_s = 0.0
         self.fault = scenario.faults[0] if scenario.faults else None
 
     async def hello(self, hello: Hello, *, timeout_s: float) -> Welcome:
         if self._broken():
+            self._connected = False
             raise CloudUnavailable("refused")
-        trips = 1 if self.connected() else 3
-        await asyncio.sleep(trips * self._rtt_s + 2 * self._hop_s)
+        fresh, self._greetings = self._greetings > 0 or not self._connected, self._greetings + 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._greeted(CONNECTING if fresh else GREETING)
+            self._connected = True
+        except TimeoutError:
+            self._connected = False
+            raise DeadlineExceeded("no answer") from None
+        finally:
+            self._greetings -= 1
         knobs = made_manifest().operating_points["fp32"]
         return Welcome(("fp32", "tokens"), Limits(), knobs)
 
@@ -121,10 +130,18 @@ class SimulatedCloud:
         number = int(acts.hidden_BTD[0, 0, 0])
         now_s = self._loop.time()
         arrives_s = self._up.send(int(self._cut.up_N[number]), now_s).arrives_s
-        await self._until(arrives_s + self._hop_s)
+        try:
+            await self._until(arrives_s + self._hop_s)
+        except asyncio.CancelledError:
+            self._cancels(None)
+            raise
         job = await self._engine(number, now_s + timeout_s)
         leaves_s = self._loop.time() + self._hop_s
-        await self._until(self._down.send(self._cut.down_nbytes, leaves_s).arrives_s)
+        try:
+            await self._until(self._down.send(self._cut.down_nbytes, leaves_s).arrives_s)
+        except asyncio.CancelledError:
+            self._cancels(None)
+            raise
         exit = int(self._cut.exit_N[number])
         logits = np.zeros((1, 2), np.float32)
         logits[0, RECORD.predicted_PNE[0, number, EXITS.index(exit)]] = 1.0
@@ -133,6 +150,12 @@ class SimulatedCloud:
 
     async def close(self) -> None:
         """Nothing to close."""
+
+    async def _greeted(self, legs: tuple[tuple[int, int], ...]) -> None:
+        for left, (up, down) in reversed(list(enumerate(reversed(legs)))):
+            await self._until(self._up.send(up, self._loop.time()).arrives_s)
+            leaves_s = self._loop.time() + (0.0 if left else 2 * self._hop_s)
+            await self._until(self._down.send(down, leaves_s).arrives_s)
 
     async def _until(self, when_s: float) -> None:
         """Sleep; a fault that begins meanwhile resets the connection."""
@@ -158,8 +181,14 @@ class SimulatedCloud:
         try:
             return await self._futures[int(str(job.key))]
         except asyncio.CancelledError:
-            job.wanted_s = -math.inf
+            self._cancels(job)
             raise
+
+    def _cancels(self, job: Job | None) -> None:
+        """Tell the cloud, over the link, that nobody waits for it any more."""
+        arrives_s = self._up.send(CANCEL_NBYTES, self._loop.time()).arrives_s
+        if job is not None:
+            self._loop.call_at(arrives_s + self._hop_s, job.unwanted)
 
     def _call(self) -> None:
         if self._farm.next_s < math.inf:
@@ -172,6 +201,10 @@ class SimulatedCloud:
                 future = self._futures.pop(int(str(job.key)))
                 if not future.done():
                     future.set_result(job)
+                elif (
+                    job.wanted_s > -math.inf
+                ):  # its reply is late, and goes over the link all the same
+                    self._down.send(self._cut.down_nbytes, when_s + self._hop_s)
         self._call()
 
     def _broken(self) -> bool:
@@ -206,7 +239,6 @@ def live(scenario: Scenario) -> list[Answer]:
         device = Device(layers, encode, chosen.knobs, loop, VirtualThread(loop))
         rng = SameDraws(f"{scenario.seed}/0")
         session = CloudSession(cloud, bundle, chosen, settings, loop, rng)
-        cloud.connected = lambda: session.breaker.state == UP
         retries = random.Random(f"{scenario.seed}/retry/0")
         way = FixedPlan(plan.split, "")
         agent = Agent(bundle, device, session, way, settings, loop, rng=retries)

@@ -1,0 +1,114 @@
+"""Greetings over the link: offramp_edge's greetings.py and the connections of grpc_transport.py, as events.
+
+One that is not answered soon is not given up yet: another one follows, over a connection of its own, and
+whichever is answered first counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from offramp_edge.breaker import UP
+from offramp_simulate.beside import CONNECTING, GREETING
+from offramp_simulate.scenario_parts import Fault
+from offramp_simulate.world_parts import GREETS, Side
+
+if TYPE_CHECKING:
+    from offramp_simulate.world import World
+    from offramp_simulate.world_cloud import InCloud
+    from offramp_simulate.world_handshake import Handshakes
+
+_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS = 500.0, 5  # as in the live session
+
+
+class Greeting:
+    """`legs`: (up, down) bytes, each a round trip."""
+
+    __slots__ = ("legs", "side")
+
+    def __init__(self, side: Side, legs: tuple[tuple[int, int], ...]) -> None:
+        self.side, self.legs = side, legs
+
+
+class Greetings:
+    def __init__(self, world: World, cloud: InCloud, handshakes: Handshakes) -> None:
+        self._world, self._cloud, self._handshakes = world, cloud, handshakes
+        self._clock = world.clock
+        self._longest_ms = world.scenario.agent.probe_timeout_ms
+
+    def greet(self, side: Side) -> None:
+        """Another one; `Handshakes.replied` is told what comes of it, or of one before it."""
+        now_s = self._clock.now_s
+        side.asking = GREETS
+        side.greeted += 1
+        fault = self._fault()
+        if side.welcome:  # one of those before was answered while nobody listened
+            self._world.at(now_s, self._welcomed, side)
+        elif fault is not None and fault.how == "refused":
+            side.connected = False
+            takes_s = self._cloud.rtt_s if fault.what == "cloud" else 0.0
+            self._world.at(now_s + takes_s, self._ends, side, side.greeted, "unavailable")
+        else:
+            self._send(side)
+            patience_s = self._patience_ms(side) / 1e3
+            self._world.at(now_s + patience_s, self._ends, side, side.greeted, "timeout")
+
+    def _send(self, side: Side) -> None:
+        fresh = bool(side.greetings) or not side.connected
+        greeting = Greeting(side, CONNECTING if fresh else GREETING)
+        self._world.beside(sum(up + down for up, down in greeting.legs))
+        side.greetings.append(greeting)
+        self._world.at(self._clock.now_s + self._longest_ms / 1e3, self._too_old, greeting)
+        self._leg(greeting)
+
+    def _patience_ms(self, side: Side) -> float:
+        """A few round trips on a link that is known, and short where the cloud is aside already."""
+        assert side.breaker is not None
+        trips_ms = 0.0
+        if side.breaker.state == UP:
+            rtt_ms = None if side.planner is None else side.link.estimate().rtt_ms
+            trips_ms = _PROBE_ROUND_TRIPS * (rtt_ms or 1e3 * self._cloud.rtt_s)
+        return min(self._longest_ms, max(_FEWEST_PROBE_MS, trips_ms))
+
+    def _leg(self, greeting: Greeting) -> None:
+        up = greeting.legs[0][0]
+        self._cloud.link.carry(greeting.side.up, up, self._clock.now_s, self._there, greeting)
+
+    def _there(self, greeting: Greeting) -> None:
+        fault = self._fault()
+        if fault is not None and fault.what == "cloud":
+            return  # swallowed, or refused to another one by then
+        (_, down), *others = greeting.legs
+        # TCP and TLS are the machine's; a greeting goes through the gateway.
+        when_s = self._clock.now_s + (0.0 if others else 2 * self._cloud.hop_s)
+        self._cloud.link.carry(greeting.side.down, down, when_s, self._back, greeting)
+
+    def _back(self, greeting: Greeting) -> None:
+        side = greeting.side
+        if greeting not in side.greetings:
+            return  # given up, or another one was answered
+        greeting.legs = greeting.legs[1:]
+        if greeting.legs:
+            self._leg(greeting)
+            return
+        side.greetings.clear()
+        side.connected = side.welcome = True
+        if side.asking == GREETS:
+            self._welcomed(side)
+
+    def _too_old(self, greeting: Greeting) -> None:
+        if greeting in greeting.side.greetings:
+            greeting.side.greetings.remove(greeting)
+            greeting.side.connected = False  # as good as: the next one takes another connection
+
+    def _welcomed(self, side: Side) -> None:
+        side.welcome = False
+        # A fault that began while the greeting was in the air.
+        self._handshakes.replied(side, "unavailable" if self._fault() is not None else "")
+
+    def _ends(self, side: Side, greeted: int, reason: str) -> None:
+        if side.asking == GREETS and side.greeted == greeted:
+            self._handshakes.replied(side, reason)
+
+    def _fault(self) -> Fault | None:
+        return self._cloud.faults.now("link") or self._cloud.faults.now("cloud")
