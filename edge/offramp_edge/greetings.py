@@ -32,11 +32,12 @@ class Greetings:
                     done, self._pending = await asyncio.wait(
                         self._pending, return_when=asyncio.FIRST_COMPLETED
                     )
-                    for task in done:
-                        failure = task.exception()
-                        if failure is None:
-                            await self.close()
-                            return task.result()
+                    # Asks each: asyncio prints an exception that nobody asked for.
+                    answered = [task for task in done if task.exception() is None]
+                    if answered:
+                        await self.close()
+                        return answered[0].result()
+                    failure = next(iter(done)).exception()
         except TimeoutError:
             raise TimeoutError(f"no answer to the handshake within {patience_s:.1f} s") from None
         assert failure is not None
