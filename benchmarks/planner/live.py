@@ -47,6 +47,7 @@ from slowed import Slowed
 
 ROOT = Path(__file__).parents[2]
 _LONGEST_S = 60.0  # for one block
+_BEGINS_S = 4.0  # of a trace: there every plan's block begins, however long its first samples took
 
 
 @dataclass
@@ -169,9 +170,10 @@ async def on_new_link(
     seed: int,
 ) -> list[dict[str, float]]:
     child, address = await start_link(place, link)
-    worker = None
+    begins_s, worker = time.perf_counter() + _BEGINS_S, None
     try:
         worker = await open_worker(place, plan, address)
+        await asyncio.sleep(max(0.0, begins_s - time.perf_counter()))
         return await block(worker, texts, load, place.local_ms(mix), seed)
     finally:
         if worker is not None:

@@ -12,11 +12,12 @@ fallbacks, no hedges, nothing is lost: a model of the plans, not of the network.
 from __future__ import annotations
 
 import argparse
+import bisect
 import heapq
 import itertools
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, quantiles
@@ -95,7 +96,11 @@ class Device:
     up: Shaper
     rtt_ms: float
     clock: Clock = field(default_factory=Clock)
-    flying: list[tuple[float, int, Transfer, float, int, int]] = field(default_factory=list)
+    events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    answers_s: list[float] = field(
+        default_factory=list
+    )  # when those sent are answered, from then on
+    waited: bool = False  # the sample that is on it, for its turn
 
     def __post_init__(self) -> None:
         self.link, self.cloud, n = Link(self.clock), CloudTimes(), self.bundle.n_layers
@@ -116,42 +121,59 @@ class Device:
             self.planner = AutoPlanner(self.menu, seen, world)
         else:
             self.planner = static_rule(plan.kind, self.menu, seen, world)
-        self._sent, self._probes = 0, itertools.cycle((16, 1))
+        self._events, self._probes = 0, itertools.cycle((16, 1))
         self.link.connected(2 * self.rtt_ms)
 
     def probe(self) -> None:
         """As the live device does when nothing has been sent for long."""
         if (
             isinstance(self.planner, AutoPlanner)
-            and not self.flying
+            and not self.answers_s
             and (self.link.transfers < 4 or self.link.age_s() > 5.0)
         ):
             depth = min(d for d in self.menu.depths if d)
             self.send(Recorded(next(self._probes), self.bundle.n_layers, {}), depth, "")
 
     def land(self, until_s: float) -> None:
-        """Answers that come by then are told."""
-        while self.flying and self.flying[0][0] <= until_s:
-            done_s, _, transfer, cloud_ms, layers, n_tokens = heapq.heappop(self.flying)
-            self.clock.now_s = max(self.clock.now_s, done_s)
-            self.link.answered(transfer, cloud_ms)
-            self.cloud.ran(layers, n_tokens, 0.0, cloud_ms)
+        """What happens by then in the air is told."""
+        while self.events and self.events[0][0] <= until_s:
+            at_s, _, tell = heapq.heappop(self.events)
+            self.clock.now_s = max(self.clock.now_s, at_s)
+            tell()
         self.clock.now_s = max(self.clock.now_s, until_s)
+        del self.answers_s[: bisect.bisect_right(self.answers_s, self.clock.now_s)]
 
     def send(self, sample: Recorded, depth: int, codec: str) -> tuple[float, int]:
-        """(when the answer is here, bytes)."""
+        """(when the answer is here, bytes). With as many in the air as there may be it waits until there is
+        room; the device does not."""
         options = self.menu.at(sample.n_tokens)[depth]
         option = next((o for o in options if codec and o.codec == codec), options[0])
         layers = sample.exit_depth - depth
         cloud_ms = layers * _CLOUD_LAYER_MS * max(option.tokens, 16) / 16
-        now_s = self.clock.now_s
-        transfer = self.link.sent(option.nbytes, cloud_ms)
-        arrives_s = self.up.send(option.nbytes, now_s).arrives_s
+        starts_s = self.clock.now_s
+        if len(self.answers_s) >= _IN_AIR:
+            starts_s = max(starts_s, self.answers_s[-_IN_AIR])
+        arrives_s = self.up.send(option.nbytes, starts_s).arrives_s
         done_s = arrives_s + (self.rtt_ms / 2 + cloud_ms + _OVERHEAD_MS) / 1000
-        self._sent += 1
-        entry = (done_s, self._sent, transfer, cloud_ms, layers, sample.n_tokens)
-        heapq.heappush(self.flying, entry)
+        bisect.insort(self.answers_s, done_s)
+
+        def begins() -> None:
+            transfer = self.link.sent(option.nbytes, cloud_ms)
+            self._at(done_s, lambda: ends(transfer))
+
+        def ends(transfer: Transfer) -> None:
+            self.link.answered(transfer, cloud_ms)
+            self.cloud.ran(layers, sample.n_tokens, 0.0, cloud_ms)
+
+        if starts_s > self.clock.now_s:
+            self._at(starts_s, begins)
+        else:
+            begins()
         return done_s, option.nbytes
+
+    def _at(self, at_s: float, tell: Callable[[], None]) -> None:
+        self._events += 1
+        heapq.heappush(self.events, (at_s, self._events, tell))
 
     def answer(self, sample: Recorded, waiting: Any) -> tuple[float, int, float]:
         """Run one sample from now on: (when it is answered, bytes up, ms on the device)."""
@@ -166,7 +188,8 @@ class Device:
                 sample.n_tokens,
                 confidence,
                 waiting=waiting(self.clock.now_s),
-                in_flight=len(self.flying),
+                in_flight=len(self.answers_s),
+                waited=self.waited,
             )
             choice: Choice = self.planner.choose(standing)
             if choice.stop == depth:
@@ -186,17 +209,34 @@ class Device:
 def play(
     device: Device, samples: Sequence[Recorded], load: Load, local_ms: float, seed: int
 ) -> dict[str, Any]:
-    """All samples through one device, in the order they come."""
-    rng, came_s, next_s = random.Random(seed), [], 0.0
+    """All samples through one device; the first twenty are not counted."""
+    rows = through(device, samples, load, local_ms, seed)
+    sent = sum(up > 0 for _, up in rows)
+    return {
+        **told([ms for ms, _ in rows[20:]]),
+        "bytes_up": round(mean(up for _, up in rows)), "cloud": round(sent / len(samples), 3),
+    }  # fmt: skip
+
+
+def told(took_ms: Sequence[float]) -> dict[str, float]:
+    cuts = quantiles(took_ms, n=20)
+    return {
+        "p50_ms": round(cuts[9], 2), "p95_ms": round(cuts[18], 2), "mean_ms": round(mean(took_ms), 2),
+    }  # fmt: skip
+
+
+def through(
+    device: Device, samples: Sequence[Recorded], load: Load, local_ms: float, seed: int
+) -> list[tuple[float, int]]:
+    """Samples through a device, from its clock on: (milliseconds, bytes up) of each."""
+    rng, came_s, next_s = random.Random(seed), [], device.clock.now_s
     for _ in samples:
         next_s += rng.expovariate(load.busy / (local_ms / 1000)) if load.busy else 0.0
         came_s.append(next_s)
-    times = np.array(came_s)
-    took_ms, nbytes, sent = [], 0, 0
+    times, rows = np.array(came_s), []
     for number, sample in enumerate(samples):
-        if len(device.flying) >= _IN_AIR:
-            device.land(device.flying[0][0])
         start_s = max(device.clock.now_s, came_s[number])
+        device.waited = bool(load.busy) and start_s > came_s[number]
         device.land(start_s)
 
         def waiting(now_s: float, number: int = number) -> int:
@@ -205,18 +245,13 @@ def play(
             return int(np.searchsorted(times, now_s, "right")) - number - 1
 
         done_s, up, device_ms = device.answer(sample, waiting)
-        began_s = came_s[number] if load.busy else start_s
-        took_ms.append(1000 * (done_s - began_s))
-        nbytes, sent = nbytes + up, sent + (up > 0)
+        ms = 1000 * (done_s - (came_s[number] if load.busy else start_s))
+        rows.append((ms, up))
         if isinstance(device.planner, Learns):
-            device.planner.answered(_answer(sample, 1000 * (done_s - began_s), device_ms))
+            device.planner.answered(_answer(sample, ms, device_ms))
         if not load.busy:
             device.land(done_s)
-    cuts = quantiles(took_ms[20:], n=20)
-    return {
-        "p50_ms": round(cuts[9], 2), "p95_ms": round(cuts[18], 2), "mean_ms": round(mean(took_ms[20:]), 2),
-        "bytes_up": round(nbytes / len(samples)), "cloud": round(sent / len(samples), 3),
-    }  # fmt: skip
+    return rows
 
 
 def _answer(sample: Recorded, ms: float, device_ms: float) -> Answer:

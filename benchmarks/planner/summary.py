@@ -31,7 +31,7 @@ def row_of(cell: dict[str, Any], key: str) -> dict[str, Any]:
     ends = [fixed[name][key] for name in ("all local", "send input") if name in fixed]
     return {
         "model": cell["model"], "link": cell["link"], "load": cell["load"], "mix": cell["mix"],
-        "min_split": cell["min_split"],
+        "min_split": cell["min_split"], "commit": cell.get("commit", ""),
         "planner": planner[key], "best": best, "best_ms": fixed[best][key],
         "ratio": round(planner[key] / fixed[best][key], 3), "to_ends": round(planner[key] / min(ends), 3),
         "p95_ms": planner["p95_ms"], "best_p95_ms": fixed[best]["p95_ms"],
@@ -86,8 +86,8 @@ def markdown(rows: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -
     means = {(row["link"], row["load"]): row["ratio"] for row in beside}
     lines = [
         "| link | load | p50 ms: planner, best fixed | ratio | to the better end | p95 ms | bytes up | "
-        "ratio of means |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "ratio of means | planner of |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         ratio = f"{row['ratio']:.2f}"
@@ -95,7 +95,8 @@ def markdown(rows: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]]) -
             f"| {row['link'].removeprefix('trace ')} | {row['load']} | {row['planner']:.0f}, "
             f"{row['best_ms']:.0f} ({row['best']}) | {ratio if row['ratio'] <= _NEAR else f'**{ratio}**'} | "
             f"{row['to_ends']:.2f} | {row['p95_ms']:.0f}, {row['best_p95_ms']:.0f} | "
-            f"{row['bytes_up']}, {row['best_bytes_up']} | {means[row['link'], row['load']]:.2f} |"
+            f"{row['bytes_up']}, {row['best_bytes_up']} | {means[row['link'], row['load']]:.2f} | "
+            f"{row['commit']} |"
         )
     return lines
 

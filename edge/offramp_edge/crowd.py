@@ -9,7 +9,7 @@ first sample on; the length of the queue, which it replaced, only once the queue
 from __future__ import annotations
 
 _NEW = 0.1  # weight of the latest sample, once there are many
-_MOST = 9  # tenths; beyond, those who wait say it all
+_MOST = 4  # fifths; beyond, those who wait say it all
 
 
 class Crowd:
@@ -33,9 +33,10 @@ class Crowd:
         self._timed += 1
         self._work_ms += max(_NEW, 1 / (self._timed + 1)) * (device_ms - self._work_ms)
 
-    def tenths(self) -> int:
-        """The share of its time that the device is at work, in whole tenths below one."""
-        return min(_MOST, round(10 * self._came))
+    def fifths(self) -> int:
+        """The share of its time that the device is at work, in whole fifths below one: finer steps would have
+        the planner solve anew for every other sample."""
+        return min(_MOST, round(5 * self._came))
 
     def arrivals(self) -> float:
         """Samples that come in a millisecond."""

@@ -149,7 +149,7 @@ class AutoPlanner:
         """Whether no solution would send it any more, seen without solving: from here on the way to the cloud
         and one layer there take longer than all layers that are left, and for these there is time. Only for
         those who hold up nobody."""
-        if not self._blind and (standing.waiting or self.crowd.tenths()):
+        if not self._blind and (standing.waiting or self.crowd.fifths()):
             return False
         tokens = -(-standing.n_tokens // _TOKENS) * _TOKENS
         home = self._home.get(tokens)
@@ -207,8 +207,8 @@ class AutoPlanner:
         return depth, tokens, waiting, queued, _step(queue_ms), busy, arrivals, standing.reachable
 
     def _crowd_steps(self) -> tuple[int, int]:
-        """(tenths of its time that the device is at work, the step of those who come in a second)."""
-        busy = self.crowd.tenths()
+        """(fifths of its time that the device is at work, the step of those who come in a second)."""
+        busy = self.crowd.fifths()
         return busy, _step(1000 * self.crowd.arrivals()) if busy else 0
 
     def _solved(self, key: tuple[int, ...], left_step: int) -> list[Stage]:
@@ -238,7 +238,7 @@ class AutoPlanner:
             believed.spread,
             waiting,
             queued,
-            busy / 10,
+            busy / 5,
             _value(arrivals) / 1000,
         )
 

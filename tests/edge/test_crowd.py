@@ -23,7 +23,7 @@ class Desk:
 
     def serve(self, count: int, apart_ms: float, spread: bool = True) -> list[tuple[int, float]]:
         """So many samples, one every `apart_ms` on average from now on, each WORK_MS on the device: what the
-        crowd said after each, (tenths, arrivals)."""
+        crowd said after each, (fifths, arrivals)."""
         said = []
         came, next_ms = [], self.now_ms
         for _ in range(count):
@@ -35,7 +35,7 @@ class Desk:
             self.crowd.came(behind, waited=began_ms > came_ms)
             self.now_ms = began_ms + WORK_MS
             self.crowd.took(WORK_MS)
-            said.append((self.crowd.tenths(), self.crowd.arrivals()))
+            said.append((self.crowd.fifths(), self.crowd.arrivals()))
         return said
 
     def serve_one_by_one(self, count: int) -> None:
@@ -48,7 +48,7 @@ class Desk:
 def test_where_each_comes_when_the_last_is_answered_nobody_is_delayed() -> None:
     desk = Desk()
     desk.serve_one_by_one(200)
-    assert desk.crowd.tenths() == 0
+    assert desk.crowd.fifths() == 0
     assert desk.crowd.arrivals() == 0
 
 
@@ -57,7 +57,7 @@ def test_a_device_that_is_swamped_knows_it_within_a_dozen_samples(idle: int) -> 
     desk = Desk()
     desk.serve_one_by_one(idle)
     desk.serve(12, apart_ms=WORK_MS / 1.3, spread=False)
-    assert desk.crowd.tenths() >= 6
+    assert desk.crowd.fifths() >= 3
     assert desk.crowd.arrivals() >= 0.4 * 1.3 / WORK_MS
 
 
@@ -66,14 +66,14 @@ def test_a_queue_that_is_worked_off_while_nobody_comes_is_no_crowd() -> None:
     for behind in range(80, -1, -1):
         desk.crowd.came(behind, waited=behind < 80)
         desk.crowd.took(WORK_MS)
-    assert desk.crowd.tenths() == 0
+    assert desk.crowd.fifths() == 0
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_samples_that_come_by_chance_are_counted_as_often_as_they_come(share: float) -> None:
     said = Desk().serve(4000, apart_ms=WORK_MS / share)[100:]
     assert mean(rate for _, rate in said) * WORK_MS == pytest.approx(share, abs=0.05)
-    assert mean(tenths for tenths, _ in said) / 10 == pytest.approx(share, abs=0.1)
+    assert mean(fifths for fifths, _ in said) / 5 == pytest.approx(share, abs=0.1)
 
 
 def test_those_who_come_are_not_forgotten_when_samples_no_longer_stay() -> None:
@@ -83,5 +83,5 @@ def test_those_who_come_are_not_forgotten_when_samples_no_longer_stay() -> None:
     for _ in range(40):  # sent at once: nobody comes in no time
         desk.crowd.came(0, waited=False)
         desk.crowd.took(0.0)
-    assert desk.crowd.tenths() == 0
+    assert desk.crowd.fifths() == 0
     assert desk.crowd.arrivals() == pytest.approx(known, rel=0.5)
