@@ -24,7 +24,6 @@ import numpy as np
 import onnxruntime
 import report
 from comparison import FULL, RESULTS, TREC_SEEDS, Run
-from head_profile import head_profile
 from kept import kept, test_rows, with_graphs
 
 from offramp_common.activations import Activations, NumpyArray
@@ -80,7 +79,6 @@ def time_method(set_name: str, entry: str, work: Path, data: Path) -> str:
         "runtime": "onnxruntime fp32, one thread, one sample at a time",
         "points": time_points(bundle, plain, texts[:ROWS], chosen, ROUNDS),
         "exit_cost": [time_exits(bundle, plain, n_tokens) for n_tokens in TOKENS],
-        "heads": head_profile(bundle, plain, TOKENS[0]),
         "bar": BAR,
     }
     TIMED.mkdir(parents=True, exist_ok=True)
