@@ -15,6 +15,23 @@ from offramp_common.transport import Hello, Transport, Welcome
 Greeted = tuple[Welcome, float]
 """The cloud's answer, and the milliseconds it took."""
 
+DOUBTS_APART_S = 1.0
+"""Doubts are settled by a handshake at most this often."""
+_SOONEST_DOUBT_S = 0.25
+_UNUSUAL = 4.0  # times the usual time of an answer
+_SOON_MS = 500.0
+_ROUND_TRIPS = 5  # connecting takes up to three with TLS, the handshake one
+
+
+def doubt_s(usual_s: float) -> float:
+    """After so long without an answer, of which the usual time is this, the cloud is greeted."""
+    return max(_SOONEST_DOUBT_S, _UNUSUAL * usual_s)
+
+
+def patience_ms(longest_ms: float, rtt_ms: float) -> float:
+    """With a greeting: a few round trips, within limits; rtt_ms 0 is the least."""
+    return min(longest_ms, max(_SOON_MS, _ROUND_TRIPS * rtt_ms))
+
 
 class Greetings:
     def __init__(self, transport: Transport, clock: Clock, longest_s: float) -> None:

@@ -22,7 +22,7 @@ from offramp_common.runner import Knobs
 from offramp_common.transport import Completion, Offload, Transport
 from offramp_edge.breaker import UP, Breaker
 from offramp_edge.cloud_times import CloudTimes
-from offramp_edge.greetings import Greetings
+from offramp_edge.greetings import DOUBTS_APART_S, Greetings, doubt_s, patience_ms
 from offramp_edge.handshake import Agreed, agree, check_completion
 from offramp_edge.link import Link, Transfer
 from offramp_edge.not_answered import NotAnswered, reason_of
@@ -31,13 +31,7 @@ from offramp_edge.settings import EdgeSettings, Plan
 
 log = logging.getLogger("offramp.edge")
 
-_DOUBT_S = 1.0
-"""Doubts are settled by a handshake at most this often."""
-_SOONEST_DOUBT_S = 0.25
-_UNUSUAL = 4.0  # times the usual time of an answer
 _NEW = 0.2  # weight of the latest answer in the usual time
-_SOON_MS = 500.0
-_PROBE_ROUND_TRIPS = 5  # connecting takes up to three with TLS, the handshake one
 _PROBE_TOKENS = (16, 1)  # of samples without content, in turns: they tell rate and round trip apart
 
 
@@ -102,7 +96,7 @@ class CloudSession:
                 greeted_s = self._clock.now()
                 await breaker.ask.wait()
                 if breaker.state == UP:  # a doubt, soon after a good handshake, can wait
-                    await asyncio.sleep(greeted_s + _DOUBT_S - self._clock.now())
+                    await asyncio.sleep(greeted_s + DOUBTS_APART_S - self._clock.now())
             await breaker.pause()
 
     async def close(self) -> None:
@@ -218,8 +212,7 @@ class CloudSession:
         loop = asyncio.get_running_loop()
         began_s, doubt = loop.time(), None
         if self._usual_s is not None:
-            doubt_s = max(_SOONEST_DOUBT_S, _UNUSUAL * self._usual_s)
-            doubt = loop.call_later(doubt_s, self.breaker.ask.set)
+            doubt = loop.call_later(doubt_s(self._usual_s), self.breaker.ask.set)
         async with asyncio.timeout(timeout_s) as wait:
             self._waits.add(wait)
             try:
@@ -291,5 +284,5 @@ class CloudSession:
         longest_ms, rtt_ms = self._settings.probe_timeout_ms, self.link.estimate().rtt_ms
         if self.breaker.welcomes == 0:
             return longest_ms / 1000
-        trips_ms = 0.0 if self.breaker.state != UP else _PROBE_ROUND_TRIPS * (rtt_ms or longest_ms)
-        return min(longest_ms, max(_SOON_MS, trips_ms)) / 1000
+        up = self.breaker.state == UP
+        return patience_ms(longest_ms, (rtt_ms or longest_ms) if up else 0.0) / 1000

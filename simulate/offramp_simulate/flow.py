@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp_edge.greetings import doubt_s
 from offramp_simulate.arrivals import Requests, phases, requests
 from offramp_simulate.beside import Pings
 from offramp_simulate.device_model import Fixed
@@ -25,7 +26,6 @@ from offramp_simulate.queues import ConstantCourse, Course, TraceCourse, fifo
 from offramp_simulate.record import Record
 from offramp_simulate.results import CLOUD, DEVICE, Answers, Tally
 from offramp_simulate.scenario import Scenario
-from offramp_simulate.world_parts import doubt_s
 
 _FLIGHT = np.dtype(
     [

@@ -10,13 +10,14 @@ import math
 from typing import TYPE_CHECKING
 
 from offramp_edge.breaker import ASIDE, Breaker
+from offramp_edge.greetings import doubt_s
 from offramp_simulate.engine_model import Job
 from offramp_simulate.farm import Busy
 from offramp_simulate.results import CLOUD
 from offramp_simulate.world_faults import LOST, Faults
 from offramp_simulate.world_handshake import Handshakes
 from offramp_simulate.world_link import OnLink
-from offramp_simulate.world_parts import AIR, QUEUED, RETRY, Flight, Side, breaker_for, doubt_s
+from offramp_simulate.world_parts import AIR, QUEUED, RETRY, Flight, Side, breaker_for
 from offramp_simulate.world_retries import Retries
 
 if TYPE_CHECKING:

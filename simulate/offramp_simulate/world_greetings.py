@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from offramp_edge.breaker import UP
+from offramp_edge.greetings import patience_ms
 from offramp_simulate.beside import CONNECTING, GREETING
 from offramp_simulate.scenario_parts import Fault
 from offramp_simulate.world_parts import GREETS, Side
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from offramp_simulate.world import World
     from offramp_simulate.world_cloud import InCloud
     from offramp_simulate.world_handshake import Handshakes
-
-_FEWEST_PROBE_MS, _PROBE_ROUND_TRIPS = 500.0, 5  # as in the live session
 
 
 class Greeting:
@@ -64,11 +63,11 @@ class Greetings:
     def _patience_ms(self, side: Side) -> float:
         """A few round trips on a link that is known, and short where the cloud is aside already."""
         assert side.breaker is not None
-        trips_ms = 0.0
+        round_trip_ms = 0.0
         if side.breaker.state == UP:
             rtt_ms = None if side.planner is None else side.link.estimate().rtt_ms
-            trips_ms = _PROBE_ROUND_TRIPS * (rtt_ms or 1e3 * self._cloud.rtt_s)
-        return min(self._longest_ms, max(_FEWEST_PROBE_MS, trips_ms))
+            round_trip_ms = rtt_ms or 1e3 * self._cloud.rtt_s
+        return patience_ms(self._longest_ms, round_trip_ms)
 
     def _leg(self, greeting: Greeting) -> None:
         up = greeting.legs[0][0]

@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 from offramp_edge.breaker import ASIDE, UP
+from offramp_edge.greetings import DOUBTS_APART_S
 from offramp_edge.link import Transfer
 from offramp_simulate.world_greetings import Greetings
 from offramp_simulate.world_parts import IDLE, PAUSED, Flight, Side
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from offramp_simulate.world import World
     from offramp_simulate.world_cloud import InCloud
 
-_DOUBT_S = 1.0  # as in the live session
 _PROBE_TOKENS = (16, 1)  # in turns, as in the live session
 
 
@@ -43,7 +43,9 @@ class Handshakes:
             return
         side.asking = PAUSED
         if breaker.state == UP:  # a doubt, soon after a good handshake, can wait
-            self._world.at(max(self._clock.now_s, side.greeted_s + _DOUBT_S), self._pause, side)
+            self._world.at(
+                max(self._clock.now_s, side.greeted_s + DOUBTS_APART_S), self._pause, side
+            )
         else:
             self._pause(side)
 

@@ -20,13 +20,6 @@ from offramp_edge.settings import EdgeSettings
 from offramp_edge.usual import UsualTime
 from offramp_simulate.world_lines import Line
 
-_SOONEST_DOUBT_S, _UNUSUAL = 0.25, 4.0  # as in the live session
-
-
-def doubt_s(usual_s: float) -> float:
-    """After so long without an answer the cloud is greeted."""
-    return max(_SOONEST_DOUBT_S, _UNUSUAL * usual_s)
-
 
 class KernelClock:
     """The kernel's time, as the live classes read it."""
