@@ -197,12 +197,11 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="what was counted (-: standard output)")
     args = parser.parse_args()
     found = asyncio.run(measured(Bundle.read(BUNDLE), args.quick))
-    about = {"machine": report.machine(), "commit": report.commit(), "command": report.command()}
     for split, phases in found.items():
         for phase, value in phases.items():
             print(split, phase, value, sep=" | ", file=sys.stderr)
     if args.json:
-        write_json({**about, "phases": found}, args.json)
+        write_json({**report.about(), "phases": found}, args.json)
     return 0
 
 

@@ -184,9 +184,7 @@ def main() -> int:
     seeds = range(1 if args.quick else args.seeds)
     shapes = ("step",) if args.quick else ("step", "ramp")
     found = {
-        "hardware": report.machine(),
-        "commit": report.commit(),
-        "command": report.command(),
+        **report.about(),
         "simulated": True,
         "seeds": len(seeds),
         "tables": {shape: compare(record, shape, seeds) for shape in shapes},

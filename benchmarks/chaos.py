@@ -287,7 +287,7 @@ def _recorded(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     have = {row["case"]: row for row in (*kept.get(key, []), row)}
     kept[key] = [have[name] for name in CASES if name in have]
     rows = {name: kept[name] for name in ("contract", "plain") if name in kept}
-    return {"hardware": report.machine(), "command": report.command(), **about, **rows}
+    return {**report.about(), **about, **rows}
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -35,9 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report
 from device_load import DEVICES, Load, Tally, version_of
 from ray_nodes import Nodes, descendants, named, ray_nodes, tiny_bundle
-from report import command, commit, machine
 
 from offramp_common.bundle import Bundle
 from offramp_common.cli import write_json
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _told_to_stop)
-    about = {"command": command(), "machine": machine("Ray 2.60"), "commit": commit()}
+    about = report.about("Ray 2.60")
     with (
         tempfile.TemporaryDirectory(prefix="offramp-life-") as folder,
         ray_nodes(workers=2, cpus=REPLICAS) as nodes,

@@ -104,14 +104,14 @@ def main() -> int:
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    on = report.machine(f"numpy {np.__version__}")
+    about = report.about(f"numpy {np.__version__}")
     rows = [row for tokens, width in _SHAPES for row in measure(tokens, width, args.runs)]
     print(
-        f"{table(rows)}\n\nmedian (p10-p90) of {args.runs} runs; {on}; {report.commit()}",
+        f"{table(rows)}\n\nmedian (p10-p90) of {args.runs} runs; {about['machine']}; {about['commit']}",
         file=sys.stderr if args.json == "-" else sys.stdout,
     )
     if args.json:
-        write_json({"hardware": on, "commit": report.commit(), "rows": rows}, args.json)
+        write_json({**about, "rows": rows}, args.json)
     return 0
 
 

@@ -62,11 +62,12 @@ def main() -> int:
     here = subject(bundle, "torch", rows)
     codecs = all_codecs(here, range(1, bundle.n_layers))
     measured, uncut = measure_codecs(here, codecs, Report())
-    on = report.machine(f"torch {torch.__version__}")
-    said = f"{table(measured)}\n\nuncut {100 * uncut:.2f}; {bundle.manifest.name}; {on}"
+    about = report.about(f"torch {torch.__version__}")
+    said = (
+        f"{table(measured)}\n\nuncut {100 * uncut:.2f}; {bundle.manifest.name}; {about['machine']}"
+    )
     print(said, file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
-        about = {"hardware": on, "commit": report.commit(), "command": report.command()}
         told = {**about, "uncut": uncut, "rows": [one.to_json() for one in measured]}
         write_json(told, args.json)
     return 0

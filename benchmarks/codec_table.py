@@ -104,7 +104,7 @@ def costs(args: argparse.Namespace) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     results = read_results()
-    on = report.machine(f"numpy {np.__version__}", f"torch {torch.__version__}")
+    about = report.about(f"numpy {np.__version__}", f"torch {torch.__version__}")
     for name in args.only or COST_DEPTH:
         depth = COST_DEPTH[name]
         hidden_ND, ids_N, text = sample(args, name, depth)
@@ -113,9 +113,7 @@ def costs(args: argparse.Namespace) -> None:
         results["costs"][name] = {
             "depth": depth,
             "shape": [1, *hidden_ND.shape],
-            "hardware": on,
-            "commit": report.commit(),
-            "command": report.command(),
+            **about,
             "runs": args.runs,
             "rows": rows,
         }

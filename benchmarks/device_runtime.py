@@ -165,14 +165,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """The hardware and what ran on it, in one line."""
+def about() -> dict[str, str]:
+    """As report.about, with what ran."""
     import onnxruntime
     import transformers
 
     info = Path("/proc/cpuinfo")
     vnni = info.exists() and "vnni" in info.read_text()
-    return report.machine(
+    return report.about(
         "VNNI" if vnni else "no VNNI",
         "one thread",
         f"onnxruntime {onnxruntime.__version__}",
@@ -197,7 +197,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    on = machine()
+    here = about()
     with tempfile.TemporaryDirectory() as folder:
         if args.bundle:
             bundle = Bundle.read(args.bundle)
@@ -206,13 +206,11 @@ def main() -> int:
         bare = without_exits(bundle, Path(folder) / "bare")
         rows = measure(bundle, bare, args.runs)
         name = bundle.manifest.name
-    about = f"median (p10-p90) of {args.runs} runs of bundle {name}; {on}; {report.commit()}"
-    print(f"{table(rows)}\n\n{about}", file=sys.stderr if args.json == "-" else sys.stdout)
+    said = f"median (p10-p90) of {args.runs} runs of bundle {name}; {here['machine']}; {here['commit']}"
+    print(f"{table(rows)}\n\n{said}", file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
         result = {
-            "hardware": on,
-            "commit": report.commit(),
-            "command": report.command(),
+            **here,
             "bundle": name,
             "rows": rows,
         }

@@ -213,14 +213,9 @@ def main() -> int:
         with contextlib.suppress(OSError, ValueError):
             result = json.loads(Path(args.json).read_text(encoding="utf-8"))
     for part in args.part or ["rates", "profiles", "traces"]:
-        about = {
-            "hardware": report.machine(),
-            "commit": report.commit(),
-            "command": report.command(),
-        }
         rows = traces(forms, args) if part == "traces" else constant_links(forms, part, args)
         kept = [row for row in result.get(part, {}).get("rows", []) if row["form"] not in forms]
-        result[part] = about | {"rows": kept + rows}
+        result[part] = report.about() | {"rows": kept + rows}
         table = trace_table(rows) if part == "traces" else link_table(rows)
         print(f"{table}\n", file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:

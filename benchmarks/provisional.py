@@ -122,8 +122,7 @@ def main() -> int:
     for row in rows:
         print(row, file=sys.stderr)
     if args.json:
-        about = {"hardware": report.machine(), "command": report.command()}
-        about |= {"commit": report.commit(), "bundle": args.bundle.name, "link": args.link}
+        about = report.about() | {"bundle": args.bundle.name, "link": args.link}
         write_json({**about, "cuts": rows}, args.json)
     return 0
 

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
+_LOAD = os.getloadavg()[0]  # as this is imported: what is measured is a load itself
+
 
 def machine(*more: str) -> str:
-    """The hardware, its load now, and what runs on it, in one line."""
+    """The hardware, its load at the start, and what runs on it, in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    parts = [model, f"{os.cpu_count()} cores", f"load {os.getloadavg()[0]:.1f} at the start"]
+    parts = [model, f"{os.cpu_count()} cores", f"load {_LOAD:.1f} at the start"]
     return ", ".join([*parts, f"Python {platform.python_version()}", *more])
 
 
@@ -39,6 +41,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """The spread of the ratios within each turn."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def about(*more: str) -> dict[str, str]:
+    """What every measurement's file says first."""
+    return {"command": command(), "machine": machine(*more), "commit": commit()}
 
 
 def command() -> str:

@@ -75,13 +75,11 @@ def main() -> int:
         results.append(numbers)
     nbytes = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     result = {
-        "command": report.command(),
+        **report.about(),
         "bundle": bundle.manifest.name,
         "digest": bundle.digest(0).hex(),
         "megabytes": round(nbytes / 1e6, 2),
         "rows": len(rows),
-        "hardware": report.machine(),
-        "commit": report.commit(),
         "results": results,
     }
     for numbers in results:

@@ -209,9 +209,7 @@ def main() -> None:
         print(json.dumps(one(args.one, args.requests)))
         return
     result = {
-        "command": report.command(),
-        "machine": report.machine(),
-        "commit": report.commit(),
+        **report.about(),
         "record": RECORD,
         "kernels": kernels(5_000 if args.quick else 100_000, 5),
         "runs": measure(SIZES["quick" if args.quick else "full"], 1 if args.quick else args.turns),

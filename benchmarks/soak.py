@@ -236,9 +236,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     late = [row for row in rows if row["minute"] >= args.minutes * _WARM_SHARE]
     names = [name for name in rows[-1] if name not in ("minute", *_TOTALS)]
     return {
-        "hardware": report.machine(),
-        "commit": report.commit(),
-        "command": report.command(),
+        **report.about(),
         "minutes": args.minutes,
         "devices_that_came": load.devices,
         "answers": dict(load.where),

@@ -260,12 +260,7 @@ def main() -> None:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
     else:
         results = {name: run(name) for name in ("links", "crowd")}
-        about = {
-            "command": report.command(),
-            "machine": report.machine(),
-            "commit": report.commit(),
-        }
-        text = json.dumps({**about, **results}).replace("}, {", "},\n{")
+        text = json.dumps({**report.about(), **results}).replace("}, {", "},\n{")
         RESULTS.write_text(text + "\n", encoding="utf-8")
     draw_links(results["links"])
     draw_crowd(results["crowd"])

@@ -208,8 +208,7 @@ def publish(rows: list[Row], where: str | None) -> None:
         file=sys.stderr if where == "-" else sys.stdout,
     )
     if where:
-        about = {"hardware": report.machine(f"Linux {platform.release()}")}
-        about |= {"commit": report.commit(), "command": report.command()}
+        about = report.about(f"Linux {platform.release()}")
         write_json(about | {"overall": of_all, "rows": table}, where)
 
 

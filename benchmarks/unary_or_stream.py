@@ -191,8 +191,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     found = {
-        "hardware": report.machine(f"grpcio {grpc.__version__}"),
-        "commit": report.commit(),
+        **report.about(f"grpcio {grpc.__version__}"),
         **asyncio.run(measured(args)),
     }
     out = sys.stderr if args.json == "-" else sys.stdout

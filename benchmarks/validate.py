@@ -143,12 +143,7 @@ async def _warm(place: Place) -> None:
 async def _measure(place: Place, cell: Cell, args: argparse.Namespace) -> None:
     scenario = cell.scenario(40 if args.quick else REQUESTS)
     runs = [await live.run(place, cell, scenario) for _ in range(1 if args.quick else RUNS)]
-    about: dict[str, Any] = {
-        "machine": report.machine(),
-        "commit": report.commit(),
-        "command": report.command(),
-    }
-    about |= {"day": time.strftime("%Y-%m-%d"), "layer_ms": LAYER_MS}
+    about = report.about() | {"day": time.strftime("%Y-%m-%d"), "layer_ms": LAYER_MS}
     text = json.dumps({"cell": cell.name, "requests": scenario.requests, **about, "runs": runs})
     # A line a request, so that the file can be read.
     (args.out / cell.file).write_text(text.replace("], [", "],\n["), encoding="utf-8")

@@ -133,18 +133,13 @@ def main() -> int:
             line += f"{row[f'{kind}_ms']:8.3f}"
             line += f"{row[f'{kind}_overhead_ms']:9.3f} ({low:.3f} to {high:.3f})"
         print(line, file=out)
+    about = report.about()
     print(
-        f"{args.rounds} rounds of {args.samples} samples; {report.machine()}; {report.commit()}",
+        f"{args.rounds} rounds of {args.samples} samples; {about['machine']}; {about['commit']}",
         file=out,
     )
     if args.json:
-        about = {
-            "hardware": report.machine(),
-            "commit": report.commit(),
-            "bundle": args.bundle.name,
-            "rows": rows,
-        }
-        write_json(about, args.json)
+        write_json({**about, "bundle": args.bundle.name, "rows": rows}, args.json)
     return 0
 
 

@@ -95,9 +95,7 @@ def main() -> int:
         print(json.dumps(measured(args.kind, args.layers, args.tokens)))
         return 0
     result: dict[str, Any] = {
-        "command": report.command(),
-        "hardware": report.machine(f"torch {torch.__version__}, one thread"),
-        "commit": report.commit(),
+        **report.about(f"torch {torch.__version__}, one thread"),
     }
     for kind in KINDS:
         settings = ["--kind", kind, "--layers", str(args.layers), "--tokens", str(args.tokens)]

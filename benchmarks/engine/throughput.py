@@ -125,7 +125,6 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    machine = report.machine(f"torch {torch.__version__}, one thread")
     make: Callable[..., Workload] = of_bundle if args.model == "minilm" else of_mpnet
     work = make(Bundle.read(args.bundle), args.folder / FILES[args.data], args.rows)
     clock = time.thread_time if args.clock == "cpu" else time.perf_counter
@@ -133,9 +132,7 @@ def main() -> int:
     if args.only:
         makers = {name: makers[name] for name in args.only}
     result = {
-        "command": report.command(),
-        "hardware": machine,
-        "commit": report.commit(),
+        **report.about(f"torch {torch.__version__}, one thread"),
         "model": args.model,
         "data": args.data,
         "clock": args.clock,

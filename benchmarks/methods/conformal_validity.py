@@ -144,7 +144,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.splits < 2 or not 0 < args.share < 1:
         parser.error("--splits: at least 2; --share: above 0 and below 1")
-    machine = report.machine()
     bundle = Bundle.read(args.bundle)
     m = bundle.manifest
     check_guarantee(m.method, str(args.bundle))
@@ -162,7 +161,7 @@ def main() -> int:
     ]
     full = quality(rows.answer_XN[-1], rows.target_N, np.ones(len(rows.target_N)))
     result = {
-        "command": report.command(),
+        **report.about(),
         "bundle": m.name,
         "digest": bundle.digest(0).hex(),
         "runtime": args.runtime,
@@ -174,8 +173,6 @@ def main() -> int:
         "metric": metric,
         "quality_full_depth": round(full, 5),
         "n_layers": m.n_layers,
-        "hardware": machine,
-        "commit": report.commit(),
         "results": results,
     }
     print(table(results, metric, m.n_layers), file=sys.stderr)

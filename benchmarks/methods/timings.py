@@ -62,7 +62,6 @@ def time_method(set_name: str, entry: str, work: Path, data: Path) -> str:
             break
     else:
         return f"no seed of which both its bundle and the full model's are in {work}"
-    machine = report.machine(f"onnxruntime {onnxruntime.__version__}", "one thread")
     (bundle, result), (plain, plain_result) = mine, full
     bundle, plain = with_graphs(bundle), with_graphs(plain)
     texts = list(test_rows(run, data, work, result).texts)
@@ -73,9 +72,7 @@ def time_method(set_name: str, entry: str, work: Path, data: Path) -> str:
         "set": run.set,
         "seed": run.seed,
         "digest": result["digest"],
-        "machine": machine,
-        "commit": report.commit(),
-        "command": report.command(),
+        **report.about(f"onnxruntime {onnxruntime.__version__}", "one thread"),
         "runtime": "onnxruntime fp32, one thread, one sample at a time",
         "points": time_points(bundle, plain, texts[:ROWS], chosen, ROUNDS),
         "exit_cost": [time_exits(bundle, plain, n_tokens) for n_tokens in TOKENS],

@@ -88,12 +88,7 @@ def main() -> int:
     found = measure(Bundle.read(args.bundle), args.decisions)
     print(found, file=sys.stderr)
     if args.json:
-        about = {
-            "machine": report.machine(),
-            "commit": report.commit(),
-            "command": report.command(),
-        }
-        write_json({**about, **found}, args.json)
+        write_json({**report.about(), **found}, args.json)
     return 0
 
 

@@ -249,12 +249,9 @@ def main() -> int:
         print(f"{row['trace'][:28]:<28} {row['sizes']:<7} {row['way']:<9} {words}", file=sys.stderr)
     print(overall(rows), file=sys.stderr)
     if args.json:
-        about = {
-            "machine": report.machine(),
-            "commit": report.commit(),
-            "command": report.command(),
-        }
-        write_json({**about, "rtt_ms": RTT_MS, "overall": overall(rows), "rows": rows}, args.json)
+        write_json(
+            {**report.about(), "rtt_ms": RTT_MS, "overall": overall(rows), "rows": rows}, args.json
+        )
     return 0
 
 

@@ -272,12 +272,7 @@ async def all_cells(place: Place, args: argparse.Namespace) -> None:
                 args.rounds,
                 args.rules,
             )
-            about = {
-                "machine": report.machine(),
-                "commit": report.commit(),
-                "command": report.command(),
-            }
-            write_json({**about, **found}, str(args.out / name))
+            write_json({**report.about(), **found}, str(args.out / name))
             print(
                 name,
                 round(found["seconds"]),

@@ -315,11 +315,7 @@ def main() -> int:
     rows = cells(args, bundle, layer_ms)
     out = tables(rows)
     if args.json:
-        about = {
-            "machine": report.machine(),
-            "commit": report.commit(),
-            "command": report.command(),
-        }
+        about = report.about()
         write_json(
             {**about, "layer_ms": layer_ms, "samples": args.samples, **out, "all": rows}, args.json
         )

@@ -121,11 +121,7 @@ def main() -> int:
     rows = cells(args)
     out = tables(rows)
     if args.json:
-        about = {
-            "machine": report.machine(),
-            "commit": report.commit(),
-            "command": report.command(),
-        }
+        about = report.about()
         measured = {"samples": args.samples, "rounds": args.rounds}
         write_json({**about, **measured, **out, "all": rows}, args.json)
     return 0
