@@ -1,6 +1,7 @@
 """Does anything grow? A gateway under steady load from devices that come and go, for half an hour.
 
-    python benchmarks/soak.py [--bundle DIR] [--minutes M] [--devices N] [--rate R] [--ray] [--json FILE|-]
+    python benchmarks/soak.py [--bundle DIR] [--minutes M] [--devices N] [--rate R] [--life S] [--ray]
+                              [--sizes-first] [--json FILE|-]
 
 The gateway is `offramp cloud serve` as a process of its own, over TLS with a certificate of each device (its
 engine in its process, or one replica of Ray's with --ray). Devices are EdgeWorkers in this process; each
@@ -11,11 +12,17 @@ Memory, threads, files and connections of both sides are noted every few seconds
 count of its tasks. Published are their slopes over the second part of the run (least squares, with the
 slope's standard error), and what is left of each once all devices have gone, against what there was before
 the first came.
+
+With --sizes-first one request of each size that a layer may have goes before the soak: oneDNN keeps code for
+each of them (docs/decisions/0011-elevator.md), and under light load some come up only after hours. What that
+took is told, and the soak then shows whether anything else grows. With a short --life and --rate 0 devices
+greet and leave without a request: what comes and goes with them is then all there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -36,16 +43,21 @@ import numpy as np
 import report
 
 from offramp_cloud.top import scrape
+from offramp_cloud.waiting import Load as EngineLoad
 from offramp_common import certs
-from offramp_common.activations import NumpyArray
+from offramp_common.activations import Activations, NumpyArray
+from offramp_common.bundle import Bundle
 from offramp_common.cli import write_json
 from offramp_common.errors import CloudUnavailable
+from offramp_common.frames import encode_frame
 from offramp_common.runner import Layers
+from offramp_common.transport import Offload
 from offramp_edge import EdgeWorker, load_bundle
 from offramp_edge.answers import Answer
+from offramp_edge.grpc_transport import GrpcTransport
 from offramp_edge.runtime import OnnxLayers
+from offramp_model.backbones.packed import padded_to
 
-_LIFE_S = (5.0, 40.0)  # of a device
 _PAUSE_S = 1.0
 _WARM_SHARE = 0.3  # of the run, before slopes count: caches and allocators fill
 _GONE_S = 60.0  # how long the gateway may take to notice the last device's end
@@ -69,16 +81,50 @@ class Load:
     layers: Layers[NumpyArray]
     address: str
     tls: Path
-    rate: float  # requests a second of one device
+    rate: float  # requests a second of one device; 0: it only greets
+    life_s: float  # the longest of one device
     seed: int
     stop: threading.Event = field(default_factory=threading.Event)
     where: Counter[str] = field(default_factory=Counter)
     devices: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def until_s(self, rng: random.Random) -> float:
+        """The end of a device that begins now."""
+        return time.monotonic() + rng.uniform(self.life_s / 8, self.life_s)
+
+    def goes_on(self, rng: random.Random, until_s: float) -> bool:
+        """Wait for a device's next request; False where there is none before its end."""
+        left_s = until_s - time.monotonic()
+        pause_s = rng.expovariate(self.rate) if self.rate else left_s
+        return not self.stop.wait(max(0.0, min(pause_s, left_s))) and pause_s < left_s
+
     def note(self, answer: Answer) -> None:
         with self.lock:
             self.where[f"{answer.where} {answer.reason}".strip()] += 1
+
+
+def sizes() -> list[int]:
+    """How many tokens a layer's matrix products may be given, in an engine as it is shipped."""
+    return sorted({padded_to(tokens) for tokens in range(1, EngineLoad().max_batch_tokens + 1)})
+
+
+async def ask_for_all_sizes(bundle: Bundle, address: str, tls: Path) -> None:
+    """A request of each, one after the other, through all layers."""
+    files = (tls / "ca.pem", tls / "kiosk.pem", tls / "kiosk.key")
+    transport = GrpcTransport(address, certs.channel_credentials(*files))
+    never = {spec.name: (spec.never,) * bundle.n_layers for spec in bundle.manifest.knobs}
+    cut, longest = bundle.cuts[0], bundle.manifest.max_tokens
+    for tokens in reversed(
+        sizes()
+    ):  # the largest first: what is kept of them leaves no holes behind
+        lengths_B = np.full(-(-tokens // longest), longest)
+        lengths_B[-1] = tokens - longest * (lengths_B.size - 1)
+        ids = np.zeros((lengths_B.size, int(lengths_B.max()), cut.width), np.int64)
+        frame = encode_frame(Activations(ids, lengths_B, depth=0), cut, "fp32")
+        work = Offload(f"size {tokens}", bundle.manifest.name, bundle.digest(0), frame, never)
+        await transport.complete(work, timeout_s=60)
+    await transport.close()
 
 
 def text(rng: random.Random) -> str:
@@ -90,13 +136,13 @@ def device(load: Load, slot: int) -> None:
     rng = random.Random(f"{load.seed} {slot}")
     tls = {"ca": load.tls / "ca.pem", "cert": load.tls / "kiosk.pem", "key": load.tls / "kiosk.key"}
     while not load.stop.is_set():
-        until_s = time.monotonic() + rng.uniform(*_LIFE_S)
+        until_s = load.until_s(rng)
         # Layers are loaded once for all of them: a device loads its own once, too.
         options: dict[str, Any] = {"layers": load.layers, "deadline_ms": 3000.0, **tls, **_SENT}
         with EdgeWorker(load.bundle, load.address, **options) as worker:
             load.devices += 1
             worker.agent.on_answer.append(load.note)
-            while time.monotonic() < until_s and not load.stop.wait(rng.expovariate(load.rate)):
+            while load.goes_on(rng, until_s):
                 worker.answer(text(rng))
         load.stop.wait(_PAUSE_S)
 
@@ -113,9 +159,9 @@ def rude_devices(load: Load) -> None:
             command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         assert process.stdin is not None
-        until_s = time.monotonic() + rng.uniform(*_LIFE_S)
+        until_s = load.until_s(rng)
         with contextlib.suppress(BrokenPipeError):
-            while time.monotonic() < until_s and not load.stop.wait(rng.expovariate(load.rate)):
+            while load.goes_on(rng, until_s):
                 process.stdin.write(json.dumps({"text": text(rng)}) + "\n")
                 process.stdin.flush()
         process.kill()
@@ -228,9 +274,13 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
             layers = OnnxLayers(bundle, bundle.manifest.precision)
             with EdgeWorker(args.bundle, layers=layers) as first:  # what is loaded once and stays
                 first.answer(text(random.Random(0)))
-            before = sample(pid, metrics, began_s)
+            started = before = sample(pid, metrics, began_s)
+            if args.sizes_first:
+                asyncio.run(ask_for_all_sizes(bundle, address, tls))
+                began_s = time.monotonic()
+                before = sample(pid, metrics, began_s)
             each = args.rate / (args.devices + 1)
-            load = Load(args.bundle, layers, address, tls, each, args.seed)
+            load = Load(args.bundle, layers, address, tls, each, args.life, args.seed)
             rows = list(_run(load, args, pid, metrics, began_s))
             after = _settled(pid, metrics, began_s, before)
     late = [row for row in rows if row["minute"] >= args.minutes * _WARM_SHARE]
@@ -238,6 +288,8 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **report.about(),
         "minutes": args.minutes,
+        "sizes_first": len(sizes()) if args.sizes_first else 0,
+        "sizes_mib": round(before["gateway rss_mib"] - started["gateway rss_mib"], 1),
         "devices_that_came": load.devices,
         "answers": dict(load.where),
         "capacity": capacity(late[0], late[-1]),
@@ -303,7 +355,13 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=6, metavar="N", help="at once")
     parser.add_argument("--rate", type=float, default=14.0, metavar="R", help="requests a second")
     parser.add_argument("--every", type=float, default=5.0, metavar="S", help="between samples")
+    parser.add_argument("--life", type=float, default=40.0, metavar="S", help="a device's longest")
     parser.add_argument("--ray", action="store_true", help="a replica of Ray's behind the gateway")
+    parser.add_argument(
+        "--sizes-first",
+        action="store_true",
+        help="a request of each size of a layer before the soak",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -314,9 +372,7 @@ def main() -> int:
     for name, line in found["slopes"].items():
         numbers = f"{line['mean']:10.1f}{line['per_hour']:10.2f}{line['standard_error']:8.2f}"
         print(f"{name:24}{numbers}{found['left_over'].get(name, 0):8.1f}", file=out)
-    print(
-        f"{found['devices_that_came']} devices; {found['answers']}; {found['hardware']}", file=out
-    )
+    print(f"{found['devices_that_came']} devices; {found['answers']}; {found['machine']}", file=out)
     if args.json:
         write_json(found, args.json)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from offramp_cloud.admission import Admission
 from offramp_cloud.backends import LocalBackend
 from offramp_cloud.engine import Engine, load_engine
 from offramp_cloud.gateway import Gateway, GatewaySettings
@@ -73,11 +74,13 @@ async def cloud_of(
     *,
     listen: str = "127.0.0.1:0",
     credentials: grpc.ServerCredentials | None = None,
+    admission: Admission | None = None,
 ) -> AsyncIterator[Cloud]:
     engine = load_engine(bundle.path)
     backend = Holding(Host([engine]))
     served: list[Served] = []
-    gateway = Gateway(GatewaySettings(listen=listen), credentials, [served.append])
+    settings = GatewaySettings(listen=listen, admission=admission or Admission())
+    gateway = Gateway(settings, credentials, [served.append])
     cloud = Cloud(gateway.bind(), gateway, engine, backend, served)
     try:
         await gateway.start(backend)

@@ -21,6 +21,7 @@ class Admission:
     max_bytes_in_flight    of all requests at work; beyond it they are refused as CloudBusy
     max_wait_s             the longest that any request is waited for, deadline or not
     stall_timeout_s        how long a call's request may take to come, and a reply to be taken
+    idle_timeout_s         how long a stream may ask for nothing
     quota                  of each device
     """
 
@@ -28,6 +29,7 @@ class Admission:
     max_bytes_in_flight: int = 256 * 2**20
     max_wait_s: float = 60.0
     stall_timeout_s: float = 30.0
+    idle_timeout_s: float = 900.0
     quota: Quota = field(default_factory=Quota)
 
 

@@ -255,6 +255,14 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long a call's request may take to come, and a reply to be taken; then the call ends (30)",
     )
+    group.add_argument(
+        "--idle-timeout-s",
+        type=_positive,
+        default=900,
+        metavar="S",
+        help="how long a stream may ask for nothing; then it ends, and a device's next request opens "
+        "another one (900)",
+    )
     group.add_argument("--drain-s", type=_amount, default=20.0, metavar="S", help=_DRAIN)
 
 

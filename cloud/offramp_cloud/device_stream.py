@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from offramp_cloud.served import Served
+from offramp_cloud.stalls import IDLE, REPLY
 from offramp_cloud.statuses import Outcome
 from offramp_common.wire import offload_pb2 as pb
 
@@ -26,7 +27,8 @@ class _Untaken(Exception):
 
 class DeviceStream:
     """run() once. Reads while slots are free; a slot is taken until its reply has been written, so who
-    reads no replies is read no further requests."""
+    reads no replies is read no further requests. A stream that nothing is asked on for `idle_timeout_s`
+    has come to its end."""
 
     def __init__(
         self,
@@ -35,25 +37,29 @@ class DeviceStream:
         draining: asyncio.Event,
         in_flight: int,
         reply_timeout_s: float,
+        idle_timeout_s: float,
     ) -> None:
         self._write, self._begin, self._draining = write, begin, draining
-        self._reply_timeout_s = reply_timeout_s
-        self._stuck = False  # a write has not come to its end in time
+        self._reply_timeout_s, self._idle_timeout_s = reply_timeout_s, idle_timeout_s
+        self._ended = ""  # why it is read no further, although the device would go on
+        self._touch()
         self._slots = asyncio.Semaphore(in_flight)
         self._writing = asyncio.Lock()  # one message at a time
         self._jobs: dict[asyncio.Task[Outcome], Served] = {}
 
-    async def run(self, requests: AsyncIterator[bytes]) -> bool:
+    async def run(self, requests: AsyncIterator[bytes]) -> str:
         """Until the device has ended the stream and has its answers, or the cloud drains. Cancelled
-        when the stream breaks, and with it all its requests. False, with requests given up and a write
-        that is stuck, where a reply has not been taken in time."""
+        when the stream breaks, and with it all its requests. Returns IDLE where nothing has been asked
+        for too long; REPLY, with requests given up and a write that is stuck, where a reply has not
+        been taken in time."""
         answers = asyncio.TaskGroup()
         # Not in the group: to cancel a read that waits breaks the writes of gRPC's Python as well.
         reading = asyncio.create_task(self._read(requests, answers))
         ends = (reading, asyncio.create_task(self._draining.wait()))
         try:
             async with answers:
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                while not await self._over(ends):
+                    pass
                 if reading.done():
                     reading.result()
         except* _Untaken:
@@ -61,17 +67,29 @@ class DeviceStream:
         finally:
             for end in ends:
                 end.cancel()
-        return not self._stuck
+        return self._ended
+
+    async def _over(self, ends: Collection[asyncio.Task[Any]]) -> bool:
+        """Wait for one of them, or until the stream may be idle; whether it has come to its end."""
+        clock = asyncio.get_running_loop().time
+        left_s = self._idle_timeout_s
+        if not self._jobs:
+            left_s += self._busy_s - clock()
+        done, _ = await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if not (done or self._jobs) and clock() >= self._busy_s + self._idle_timeout_s:
+            self._ended = IDLE
+        return bool(done or self._ended)
 
     async def _read(self, requests: AsyncIterator[bytes], answers: asyncio.TaskGroup) -> None:
         async for raw in requests:
+            self._touch()
             if unwanted := _cancelled(raw):
                 for job, served in self._jobs.items():
                     if served.request_id == unwanted:
                         job.cancel()
                 continue
             await self._slots.acquire()
-            if self._draining.is_set() or self._stuck:
+            if self._draining.is_set() or self._ended:
                 return
             answers.create_task(self._answer(raw))
 
@@ -91,14 +109,19 @@ class DeviceStream:
             job.cancel()
             await asyncio.gather(job, return_exceptions=True)
             del self._jobs[job]
+            self._touch()
             self._slots.release()
+
+    def _touch(self) -> None:
+        """A message has come, or has been answered."""
+        self._busy_s = asyncio.get_running_loop().time()
 
     async def _written(self, message: bytes) -> None:
         try:
             async with asyncio.timeout(self._reply_timeout_s):
                 await self._write(message)
         except TimeoutError:
-            self._stuck = True
+            self._ended = REPLY
             raise _Untaken from None
 
 

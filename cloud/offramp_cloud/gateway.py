@@ -163,7 +163,8 @@ class Gateway:
 
     @property
     def stalled(self) -> dict[str, int]:
-        """Calls that were ended because their device stopped in the middle, by stalls.REQUEST and REPLY."""
+        """Calls that were ended because their device stopped in the middle, by stalls.REQUEST and REPLY, and
+        streams that nothing was asked on, as stalls.IDLE."""
         return dict(self._servicer.stalls.ended) if self._servicer else {}
 
     async def probe(self, timeout_s: float | None = None) -> None:

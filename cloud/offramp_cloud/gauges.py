@@ -81,7 +81,7 @@ class _Stalled:
     def collect(self) -> Iterable[Metric]:
         family = CounterMetricFamily(
             "offramp_cloud_stalled",
-            "Calls ended because their request did not come, or a reply was not taken.",
+            "Calls ended because their request did not come, a reply was not taken, or nothing was asked.",
             labels=["what"],
         )
         for what, count in self._gateway.stalled.items():

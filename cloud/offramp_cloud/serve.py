@@ -130,7 +130,9 @@ def _settings(args: argparse.Namespace) -> GatewaySettings:
     return GatewaySettings(
         listen=args.listen,
         limits=limits_of(args),
-        admission=Admission(stall_timeout_s=args.stall_timeout_s, quota=quota),
+        admission=Admission(
+            stall_timeout_s=args.stall_timeout_s, idle_timeout_s=args.idle_timeout_s, quota=quota
+        ),
         max_rpcs=args.max_rpcs,
         max_connections=args.max_connections,
         drain_s=args.drain_s,

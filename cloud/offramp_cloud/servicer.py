@@ -19,7 +19,7 @@ from offramp_cloud.backends import Backend
 from offramp_cloud.device_stream import MAX_MESSAGE, MAX_SHOWN, DeviceStream
 from offramp_cloud.identity import Caller, caller_of
 from offramp_cloud.served import Observer, Served
-from offramp_cloud.stalls import Stalls
+from offramp_cloud.stalls import IDLE, REPLY, Stalls
 from offramp_cloud.statuses import Outcome, UnknownBundle, failure, parsed
 from offramp_common.errors import CloudUnavailable, DeadlineExceeded
 from offramp_common.revocation import Revocations
@@ -103,9 +103,13 @@ class Servicer:
             self._draining,
             self._admission.in_flight_per_stream,
             self.stalls.timeout_s,
+            self._admission.idle_timeout_s,
         )
-        if not await stream.run(requests):
+        ended = await stream.run(requests)
+        if ended == REPLY:
             await self.stalls.end(context, caller)
+        elif ended == IDLE:
+            self.stalls.ended[IDLE] += 1  # and is OK: the next request opens another one
         elif self._draining.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, _DRAINING)
 

@@ -1,8 +1,9 @@
-"""Devices that stop in the middle: a call begun without its request, a reply that is not taken.
+"""Devices that stop in the middle: a call begun without its request, a reply that is not taken; and streams
+that nothing is asked on.
 
 gRPC's Python waits for either for ever, and the call keeps its place meanwhile. A call without its request
 is refused. One whose reply is not taken cannot be: a status queues behind the reply. Its connection is
-shut, which ends it as the device's going away would.
+shut, which ends it as the device's going away would. An idle stream ends well (DeviceStream does it).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from offramp_cloud.identity import Caller
 
 log = logging.getLogger(__name__)
 
-REQUEST, REPLY = "request", "reply"
+REQUEST, REPLY, IDLE = "request", "reply", "idle"
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _LAST_CHANCE_S = 1.0  # for a status to be read by who begins to take replies again
 
@@ -31,12 +32,12 @@ class Stalls:
     """One event loop.
 
     timeout_s   how long a request may take to come, and a reply to be taken
-    ended       calls that were ended for it, by REQUEST and REPLY
+    ended       calls that were ended for it, by REQUEST and REPLY, and streams for being IDLE
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.ended: Counter[str] = Counter({REQUEST: 0, REPLY: 0})
+        self.ended: Counter[str] = Counter({REQUEST: 0, REPLY: 0, IDLE: 0})
 
     async def request(self, context: Any) -> bytes:
         """The call's one request; ends the call when it does not come."""

@@ -16,6 +16,10 @@ from offramp_edge.grpc_errors import error_of, translated
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
+class EndedWell(CloudUnavailable):
+    """The cloud ended the stream, because nothing was asked for long, and has not begun this request."""
+
+
 class WorkStream:
     """One CompleteStream call: requests out, replies back in any order."""
 
@@ -80,7 +84,9 @@ class WorkStream:
             while (raw := await self._call.read()) is not _EOF:
                 self._arrived(pb.StreamReply.FromString(raw))
             # A stream that ends in an error status ends like any other: the status tells.
-            if (code := await self._call.code()) is not grpc.StatusCode.OK:
+            if (code := await self._call.code()) is grpc.StatusCode.OK:
+                failure = EndedWell("the cloud ended the stream, and has not begun the request")
+            else:
                 failure = error_of(code, await self._call.details() or "the stream ended")
         except grpc.aio.AioRpcError as error:
             failure = translated(error)

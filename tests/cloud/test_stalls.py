@@ -16,14 +16,18 @@ from offramp_cloud.backends import Replica
 from offramp_cloud.gateway import Gateway, GatewaySettings
 from offramp_cloud.gauges import add_gauges
 from offramp_cloud.identity import Caller
-from offramp_cloud.stalls import REPLY, REQUEST, Stalls, shut_connection
+from offramp_cloud.stalls import IDLE, REPLY, REQUEST, Stalls, shut_connection
 from offramp_cloud.statuses import Outcome
 from offramp_common.wire import offload_pb2 as pb
 from offramp_common.wire import offload_pb2_grpc as pb_grpc
 
 Status = grpc.StatusCode
 _COMPLETE = "/offramp.v1.OffloadService/Complete"
-_BULKY, _SMALL = (pb.OffloadRequest(request_id=name, bundle="toy") for name in ("bulky", "small"))
+_BULKY, _SMALL, _HELD = (
+    pb.OffloadRequest(request_id=name, bundle="toy") for name in ("bulky", "small", "held")
+)
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0, 1, 3, 4  # frames of HTTP/2
+_END_HEADERS = 4
 _ENOUGH = 400  # bulky replies: they do not fit into the buffers of any connection
 
 
@@ -32,6 +36,9 @@ class Replies:
 
     bundles = ("toy",)
 
+    def __init__(self) -> None:
+        self.free = asyncio.Event()  # those called "held" wait for it
+
     def depth_of(self, bundle: str, digest: bytes) -> int:
         return 0
 
@@ -39,6 +46,8 @@ class Replies:
         self, bundle: str, digest: bytes, request: bytes, budget_ms: float
     ) -> Outcome:
         asked = pb.OffloadRequest.FromString(request).request_id
+        if asked == "held":
+            await self.free.wait()
         answers = bytes(20_000 if asked == "bulky" else 4)
         reply = pb.OffloadReply(request_id=asked, answers=answers)
         return Outcome(reply.SerializeToString())
@@ -55,11 +64,18 @@ class Replies:
 
 
 @contextlib.asynccontextmanager
-async def gateway(stall_timeout_s: float, max_rpcs: int) -> AsyncIterator[tuple[Gateway, str]]:
-    admission = Admission(in_flight_per_stream=4, stall_timeout_s=stall_timeout_s)
+async def gateway(
+    stall_timeout_s: float,
+    max_rpcs: int,
+    idle_timeout_s: float = 900.0,
+    backend: Replies | None = None,
+) -> AsyncIterator[tuple[Gateway, str]]:
+    admission = Admission(
+        in_flight_per_stream=4, stall_timeout_s=stall_timeout_s, idle_timeout_s=idle_timeout_s
+    )
     one = Gateway(GatewaySettings("127.0.0.1:0", admission=admission, max_rpcs=max_rpcs))
     address = one.bind()
-    await one.start(Replies())
+    await one.start(backend or Replies())
     try:
         yield one, address
     finally:
@@ -81,6 +97,35 @@ async def all_of(stream: Any) -> None:
     async with asyncio.timeout(20):
         while await stream.read() is not grpc.aio.EOF:
             pass
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2."""
+    return (
+        len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+    )
+
+
+async def taken(stub: Any) -> None:
+    """One call is let in, within a while: a place comes free a moment after the status of who had it."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await stub.Complete(_SMALL)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is Status.RESOURCE_EXHAUSTED, error
+                await asyncio.sleep(0.01)
+            else:
+                return
+
+
+async def its_end(reader: asyncio.StreamReader) -> None:
+    """Until the other side is done with stream 1, and wants no more of it."""
+    while True:
+        head = await reader.readexactly(9)
+        await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if (head[3], int.from_bytes(head[5:], "big")) == (_RST_STREAM, 1):
+            return
 
 
 async def code_of(call: Any) -> Any:
@@ -112,7 +157,7 @@ async def test_a_stream_whose_replies_are_not_taken_gives_its_place_back_and_dis
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await all_of(stuck)
         assert caught.value.code() == Status.UNAVAILABLE
-        assert one.stalled == {REQUEST: 0, REPLY: 1}
+        assert one.stalled == {REQUEST: 0, REPLY: 1, IDLE: 0}
         registry = CollectorRegistry()
         add_gauges(registry, one)
         counted = registry.get_sample_value("offramp_cloud_stalled_total", {"what": REPLY})
@@ -130,7 +175,7 @@ async def test_a_call_whose_request_does_not_come_is_told_so_and_ends() -> None:
         assert await code_of(silent) == Status.DEADLINE_EXCEEDED
         assert "has not come in 0.5 s" in await silent.details()
         await pb_grpc.OffloadServiceStub(good).Complete(_SMALL, timeout=20)
-        assert one.stalled == {REQUEST: 1, REPLY: 0}
+        assert one.stalled == {REQUEST: 1, REPLY: 0, IDLE: 0}
 
 
 async def test_a_call_without_a_request_is_an_invalid_argument() -> None:
@@ -148,6 +193,81 @@ async def test_a_call_whose_one_reply_is_not_taken_ends() -> None:
         async with asyncio.timeout(20):
             while not one.stalled[REPLY]:  # noqa: ASYNC110 - what it waits for has no event
                 await asyncio.sleep(0.01)
+
+
+async def test_a_stream_that_asks_for_nothing_ends_well_and_gives_its_place_back() -> None:
+    async with (
+        gateway(20.0, max_rpcs=1, idle_timeout_s=0.5) as (one, address),
+        device(address) as channel,
+        device(address) as other,
+    ):
+        stub = pb_grpc.OffloadServiceStub(channel)
+        stream = stub.CompleteStream()
+        for _ in range(3):
+            assert await asked(stream, _SMALL) == "reply"
+        assert await code_of(stream) == Status.OK
+        assert one.stalled == {REQUEST: 0, REPLY: 0, IDLE: 1}
+        await taken(pb_grpc.OffloadServiceStub(other))
+
+
+async def test_a_device_may_open_another_stream_on_its_connection_after_an_idle_one() -> None:
+    async with (
+        gateway(20.0, max_rpcs=8, idle_timeout_s=0.5) as (_, address),
+        device(address) as channel,
+    ):
+        stub = pb_grpc.OffloadServiceStub(channel)
+        assert await code_of(stub.CompleteStream()) == Status.OK
+        again = stub.CompleteStream()
+        assert await asked(again, _SMALL) == "reply"
+        assert await code_of(again) == Status.OK
+        silent = stub.CompleteStream()  # from the first moment on
+        await silent.wait_for_connection()
+        assert await code_of(silent) == Status.OK
+
+
+async def test_a_stream_with_a_request_at_work_is_not_idle() -> None:
+    backend = Replies()
+    async with (
+        gateway(20.0, max_rpcs=2, idle_timeout_s=0.5, backend=backend) as (one, address),
+        device(address) as channel,
+    ):
+        stub = pb_grpc.OffloadServiceStub(channel)
+        works = stub.CompleteStream()
+        await works.write(_HELD)
+        async with asyncio.timeout(20):
+            while not one.at_work:  # noqa: ASYNC110 - what it waits for has no event
+                await asyncio.sleep(0.01)
+        for _ in range(2):  # others become idle meanwhile
+            assert await code_of(stub.CompleteStream()) == Status.OK
+        backend.free.set()
+        assert (await works.read()).WhichOneof("outcome") == "reply"
+        # And now it is.
+        assert await code_of(works) == Status.OK
+        assert one.stalled[IDLE] == 3
+
+
+async def test_a_message_that_has_half_arrived_goes_with_its_idle_stream() -> None:
+    """By hand: no gRPC client sends half a message."""
+    path = _COMPLETE.replace("Complete", "CompleteStream").encode()
+    headers = b"\x83\x86" + b"".join(  # :method POST, :scheme http
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+        for name, value in (
+            (b":path", path),
+            (b":authority", b"x"),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        )
+    )
+    half = b"\0" + (30_000).to_bytes(4, "big") + bytes(15_000)
+    async with gateway(20.0, max_rpcs=1, idle_timeout_s=0.5) as (one, address):
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0))
+        writer.write(frame(_HEADERS, _END_HEADERS, 1, headers) + frame(_DATA, 0, 1, half))
+        async with asyncio.timeout(20):
+            await its_end(reader)
+        assert one.stalled[IDLE] == 1
+        writer.close()
 
 
 async def test_who_reads_again_in_time_is_told_why_and_keeps_its_connection() -> None:

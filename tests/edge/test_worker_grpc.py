@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from cloud_world import serving
 from edge_cloud import Link, TorchAsNumpy, cloud_of
 from toy_models import toy_bundle
 
+from offramp_cloud.admission import Admission
+from offramp_cloud.servicer import SERVICE
+from offramp_cloud.stalls import IDLE
 from offramp_common import certs
 from offramp_common.bundle import Bundle
 from offramp_common.errors import CloudBusy, CloudUnavailable, DeadlineExceeded, RequestError
 from offramp_common.runner import run
 from offramp_common.text import TextEncoder
 from offramp_common.transport import Hello, Offload
+from offramp_common.wire import offload_pb2 as pb
 from offramp_edge import Answer, EdgeWorker, Sample
 from offramp_edge.answers import Failed
 from offramp_edge.grpc_transport import GrpcTransport
@@ -240,6 +245,56 @@ async def test_a_connection_lost_without_traffic_is_noticed_and_greeted_again(
                 hello, work = again.served
                 assert not hello.request_id
                 assert work.request_id
+
+
+async def test_a_stream_that_the_cloud_ends_as_idle_is_no_failure_and_the_next_sample_opens_another(
+    bundle: Bundle, layers: TorchAsNumpy
+) -> None:
+    async with (
+        cloud_of(bundle, admission=Admission(idle_timeout_s=0.3)) as cloud,
+        EdgeWorker(bundle, cloud.address, layers=layers, **HARD_KNOBS) as worker,
+    ):
+        for ended in range(3):
+            answer = await worker.answer_async(TEXTS[ended], deadline_ms=5000)
+            assert (answer.where, up(worker)) == ("cloud", True)
+            await until(lambda ended=ended: cloud.gateway.stalled[IDLE] == ended + 1)  # type: ignore[misc]
+        assert up(worker)
+        greetings = [served for served in cloud.served if not served.request_id]
+        assert len(greetings) == 1
+
+
+async def test_a_request_on_its_way_to_a_stream_that_ends_well_is_sent_again_once() -> None:
+    streams = 0
+
+    async def serve(requests: AsyncIterator[bytes], context: Any) -> None:
+        nonlocal streams
+        streams += 1
+        request = pb.OffloadRequest.FromString(await anext(requests))
+        if request.request_id == "unlucky" or streams == 1:
+            return
+        reply = pb.OffloadReply(
+            request_id=request.request_id, answers=bytes(4), exit_depths=[4], confidences=[1.0]
+        )
+        await context.write(pb.StreamReply(reply=reply).SerializeToString())
+        await anext(requests, None)
+
+    server = grpc.aio.server()
+    handler = grpc.stream_stream_rpc_method_handler(serve)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE, {"CompleteStream": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    transport = GrpcTransport(f"127.0.0.1:{port}")
+    done = await transport.complete(Offload("r", "toy", b"", b"whatever"), timeout_s=10)
+    assert (done.request_id, streams) == ("r", 2)
+    await transport.close()
+    transport, streams = GrpcTransport(f"127.0.0.1:{port}"), 0
+    with pytest.raises(CloudUnavailable):
+        await transport.complete(Offload("unlucky", "toy", b"", b"whatever"), timeout_s=10)
+    assert streams == 2
+    await transport.close()
+    await server.stop(None)
 
 
 async def test_a_link_cut_in_mid_run_loses_no_sample(bundle: Bundle, layers: TorchAsNumpy) -> None:

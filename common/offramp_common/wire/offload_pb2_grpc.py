@@ -72,7 +72,8 @@ class OffloadServiceServicer:
 
     def CompleteStream(self, request_iterator, context):
         """The same for many requests over one stream; replies come as they finish, in any order. A request
-        that fails is answered by a StreamReply with a status and harms no other.
+        that fails is answered by a StreamReply with a status and harms no other. The cloud ends a stream that
+        nothing is asked on for long, with OK: a request without a reply was not begun; send it on another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
