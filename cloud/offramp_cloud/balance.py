@@ -66,6 +66,8 @@ class Pool:
                     raise
 
     async def _one(self, lost: Collection[ReplicaLink]) -> ReplicaLink:
+        if (link := self.pick(lost)) is not None:
+            return link  # as nearly always: a timeout is not made for nothing
         try:
             async with asyncio.timeout(self._retry_s):
                 while (link := self.pick(lost)) is None:
@@ -82,9 +84,9 @@ class Pool:
         usable = [link for link in self.links.values() if link.usable]
         # One that was lost and has come back is better than none.
         choice = [link for link in usable if link not in lost] or usable
-        if not choice:
-            return None
-        return min(self._rng.sample(choice, min(2, len(choice))), key=lambda link: link.load)
+        if len(choice) < 2:
+            return choice[0] if choice else None
+        return min(self._rng.sample(choice, 2), key=lambda link: link.load)
 
     def _in_time(self, link: ReplicaLink, left_ms: float) -> ReplicaLink:
         """`link`, or the least loaded where that would be late. Raises CloudBusy."""

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from offramp_common.meeting import Meeting
 
 _KEPT = 0.99  # an observation counts half as much after 69 more
-_REFIT = 16  # observations
+_REFIT = 16  # observations; the first ones count at once
+_EARLY = (1, 2, 4, 8)
 _OUTLIER = 4.0  # times the expected: somebody else had the processor
 
 
@@ -56,7 +57,7 @@ class LayerCost:
                 row[j] = row[j] * _KEPT + one * other
             self._products[i] = self._products[i] * _KEPT + one
         self._seen += 1
-        if self._seen % _REFIT == 0 or self._seen < _REFIT:
+        if self._seen % _REFIT == 0 or self._seen in _EARLY:
             self._learned = _not_negative(np.array(self._squares), np.array(self._products))
 
     def seconds(self, group: Group) -> float:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
-from offramp_cloud.costs import Group, LayerCost, Survival, meeting
+from offramp_cloud.costs import LayerCost, Survival, meeting
 from offramp_cloud.counters import Counters
-from offramp_cloud.riders import Riders, Trip, boarded, fits, fitting, joined
+from offramp_cloud.riders import Riders, Trip, boarded, fits, fitting, joined, total
 from offramp_cloud.waiting import Load, Request
 from offramp_common.activations import Rows
 from offramp_common.runner import JoinedLayers, Knobs, Layers, Step, settle
@@ -101,9 +103,7 @@ class Elevator:
         began_s = self._clock()
         stepped, failed = self._step(parts)
         took_s = self._clock() - began_s
-        self._learn(stepped, took_s)
-        for trip in trips:
-            trip.ran_s += took_s
+        self._learn([riders for riders, _ in stepped], took_s)
         done: list[Done] = []
         for trip, error in failed.items():
             trip.request.unwanted = True  # rows of it may wait on other floors
@@ -113,9 +113,11 @@ class Elevator:
             self._settle(riders, step)
         ended_s = self._clock()
         for trip in trips:
+            trip.ran_s += took_s
             if not trip.open_rows:
-                self._counters.answered(trip.request.tokens, trip.depth_B)
-                done.append(Done(trip.request, trip.completion(ended_s)))
+                answered = trip.completion(ended_s)
+                self._counters.answered(trip.request.tokens, answered.exit_depth_B)
+                done.append(Done(trip.request, answered))
         self._riding = []
         self._count_work()
         self._counters.overhead_s += self._clock() - now_s - took_s
@@ -133,7 +135,7 @@ class Elevator:
     def _chosen(self, floor: int, now_s: float) -> list[Riders]:
         """Take those who run next from their floor: all, or who goes first where not all find room."""
         waiting = self._floors.pop(floor)
-        if fits(_total(waiting), self._load):
+        if fits(*total(waiting), self._load):
             return waiting
         waiting.sort(key=lambda riders: self._rank(riders, now_s))
         chosen, rest = fitting(waiting, self._load)
@@ -151,38 +153,40 @@ class Elevator:
             if all(trip.request.wanted(now_s) for riders in waiting for trip in riders.trips):
                 continue
             left = [kept for kept in (riders.wanted(now_s) for riders in waiting) if kept]
-            self._counters.dropped += _total(waiting).rows - _total(left).rows
+            self._counters.dropped += total(waiting).rows - total(left).rows
             self._put(floor, left)
 
     def _next_floor(self, now_s: float) -> int:
-        above = sorted(floor for floor in self._floors if floor >= self._at)
-        below = sorted(floor for floor in self._floors if floor < self._at)
-        if not above or not below:
-            return (above or below)[0]
-        return below[0] if self._fetch(below, above, now_s) else above[0]
+        floors = sorted(self._floors)
+        above = bisect_left(floors, self._at)
+        if above in (0, len(floors)):
+            return floors[0]
+        return floors[0 if self._fetch(floors[:above], floors[above:], now_s) else above]
 
     def _fetch(self, below: list[int], above: list[int], now_s: float) -> bool:
         """Whether those below come first. Rank decides, then deadlines, then the sum of all waits."""
-        mine, theirs = self._requests(below), self._requests(above)
-        age = self._load.max_age_s
-        first_below = min(request.rank(now_s, age)[0] for request in mine)
-        first_above = min(request.rank(now_s, age)[0] for request in theirs)
-        if first_below != first_above:
-            return first_below < first_above
-        if first_above == -math.inf:
+        mine, theirs = self._pressing(below, now_s), self._pressing(above, now_s)
+        if mine.rank != theirs.rank:
+            return mine.rank < theirs.rank
+        if theirs.rank == -math.inf:
             return False
         meet = above[0]
-        upper = _total(self._floors[meet])
-        lower = [(floor, _total(self._floors[floor])) for floor in below]
-        both = reduce(Group.plus, (group for _, group in lower), upper)
-        if not fits(both, self._load):
+        upper = total(self._floors[meet])
+        lower = [(floor, total(self._floors[floor])) for floor in below]
+        rows = upper.rows + sum(group.rows for _, group in lower)
+        tokens = upper.tokens + sum(group.tokens for _, group in lower)
+        if not fits(rows, tokens, self._load):
             return False  # they could not share a layer
         plan = meeting(self.cost, lower, upper, meet, self._survival.layers(meet))
-        return plan.fetched(_slack_s(mine, now_s), _slack_s(theirs, now_s))
+        return plan.fetched(mine.slack_s, theirs.slack_s)
 
-    def _requests(self, floors: Sequence[int]) -> list[Request]:
+    def _pressing(self, floors: Sequence[int], now_s: float) -> _Pressing:
         waiting = (riders for floor in floors for riders in self._floors[floor])
-        return [trip.request for riders in waiting for trip in riders.trips]
+        requests = [trip.request for riders in waiting for trip in riders.trips]
+        age_s = self._load.max_age_s
+        rank = min([request.rank(now_s, age_s)[0] for request in requests])
+        deadlines = [r.deadline_s for r in requests if r.deadline_s is not None]
+        return _Pressing(rank, min(deadlines, default=math.inf) - now_s)
 
     def _rank(self, riders: Riders, now_s: float) -> tuple[float, float, float]:
         return min(trip.request.rank(now_s, self._load.max_age_s) for trip in riders.trips)
@@ -213,43 +217,38 @@ class Elevator:
             riders.note(step.look)
         settled = settle(riders.rows, step, self._n_layers)
         depth, left = riders.rows.depth, settled.gone.size
-        self._survival.saw(depth, riders.group.rows, left)
+        self._survival.saw(depth, riders.count, left)
         if left and step.look is not None:
             riders.leave(settled.gone, step.look)
         if settled.stay.size:
             going = riders.going_on(settled.after, settled.stay)
             self._floors.setdefault(depth + 1, []).append(going)
 
-    def _learn(self, stepped: Sequence[tuple[Riders, Step[Tensor]]], took_s: float) -> None:
-        group = _total([riders for riders, _ in stepped])
+    def _learn(self, ran: Sequence[Riders], took_s: float) -> None:
+        group = total(ran)
         self._layers_run += 1
         if self._layers_run <= _ALL_LEARNED or self._layers_run % _LEARNED_EVERY == 0:
             self.cost.saw(group, took_s)
         self._counters.ran(group.rows, group.tokens, took_s)
 
     def _count_work(self) -> None:
-        layers = self._survival.layers
-        work = sum(layers(floor) * _total(riders).tokens for floor, riders in self._floors.items())
+        work = 0.0
+        for floor, waiting in self._floors.items():
+            work += self._survival.layers(floor) * total(waiting).tokens
         self.work_left = round(work)
 
 
-def _trips(waiting: Iterable[Riders]) -> list[Trip]:
+class _Pressing(NamedTuple):
+    """How the most pressing of some requests rank (lowest first), and the time until their first deadline,
+    infinite where there is none."""
+
+    rank: float
+    slack_s: float
+
+
+def _trips(waiting: Sequence[Riders]) -> list[Trip]:
     """Each once, in order."""
-    return list(dict.fromkeys(trip for riders in waiting for trip in riders.trips))
-
-
-def _total(waiting: Sequence[Riders]) -> Group:
-    rows = tokens = 0
-    for riders in waiting:
-        rows += riders.group.rows
-        tokens += riders.group.tokens
-    return Group(rows, tokens)
-
-
-def _slack_s(requests: Sequence[Request], now_s: float) -> float:
-    """Until the first deadline; infinite where there is none."""
-    deadlines = [request.deadline_s for request in requests if request.deadline_s is not None]
-    return min(deadlines, default=math.inf) - now_s
+    return list(dict.fromkeys([trip for riders in waiting for trip in riders.trips]))
 
 
 def _each(

@@ -6,6 +6,7 @@ Axes: B rows, E exits, C answer width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,8 @@ class Trip:
         rows = request.acts.batch_size
         self.open_rows = rows
         self.ran_s = 0.0  # while layers ran that its rows were in
-        self.depth_B = np.zeros(rows, np.int64)
-        self._confidence_B = np.zeros(rows, np.float32)
-        self._answers: NDArray[np.float32] | None = None
+        self._left: list[tuple[int, int, float, NDArray[np.float32]]] = []
+        """Row, depth, confidence and answer (1, C)."""
         self._seen = None if exits is None else ExitClasses(rows, exits)
 
     def saw(self, depth: int, rows: NDArray[np.int64], answers: NDArray[np.float32]) -> None:
@@ -41,26 +41,26 @@ class Trip:
             self._seen.add(depth, rows, answers)
 
     def leave(self, row: int, depth: int, answer: NDArray[np.float32], confidence: float) -> None:
-        if self._answers is None:
-            self._answers = np.zeros((len(self.depth_B), *answer.shape), np.float32)
-        self._answers[row], self.depth_B[row] = answer, depth
-        self._confidence_B[row] = confidence
+        self._left.append((row, depth, confidence, answer))
         self.open_rows -= 1
 
     def completion(self, now_s: float) -> Completion:
         """Once all rows have left."""
-        assert self._answers is not None
         assert self.open_rows == 0, f"{self.open_rows} rows have not left"
+        self._left.sort(key=_row)
+        _, depths, sure, answers = zip(*self._left, strict=True)
         return Completion(
             self.request.request_id,
-            self._answers,
-            self.depth_B,
-            self._confidence_B,
+            np.concatenate(answers),
+            np.array(depths, np.int64),
+            np.array(sure, np.float32),
             queue_ms=max(0.0, now_s - self.request.arrived_s - self.ran_s) * 1e3,
             compute_ms=self.ran_s * 1e3,
             exit_classes_BE=None if self._seen is None else self._seen.classes_BE,
         )
 
+
+_row = itemgetter(0)
 
 Owner = tuple[Trip, int]
 """Whose row it is, and which of the request's."""
@@ -71,20 +71,19 @@ class Riders:
 
     rows     their activations, where they are: copied together by the next layer
     owners   whose row each is, and which of the request's;  lengths  tokens of each
-    group    how many rows and tokens;  longest  tokens of the longest
+    count    how many rows;  tokens  of all of them;  longest  of the longest
 
     Lists, because for a handful of rows they take a fraction of the time that arrays do.
     """
 
-    __slots__ = ("group", "knobs", "lengths", "longest", "owners", "rows", "trips")
+    __slots__ = ("count", "knobs", "lengths", "longest", "owners", "rows", "tokens", "trips")
 
     def __init__(
         self, rows: Rows[Tensor], knobs: KnobKey, owners: list[Owner], lengths: list[int]
     ) -> None:
         self.rows, self.knobs, self.owners, self.lengths = rows, knobs, owners, lengths
         self.trips: tuple[Trip, ...] = tuple(dict.fromkeys([trip for trip, _ in owners]))
-        self.group = Group(len(lengths), sum(lengths))
-        self.longest = max(lengths)
+        self.count, self.tokens, self.longest = len(lengths), sum(lengths), max(lengths)
 
     def take(self, places: list[int]) -> Riders:
         """Those at the given places, which ascend."""
@@ -112,11 +111,11 @@ class Riders:
             trip.saw(self.rows.depth + 1, rows, answers[mine])
 
     def leave(self, gone: NDArray[np.int64], look: Look[Tensor]) -> None:
-        answers, sure = as_numpy(look.answer), look.confidence_B
+        answers, sure = as_numpy(look.answer), look.confidence_B.tolist()
         depth = self.rows.depth + 1
         for place in gone.tolist():
             trip, row = self.owners[place]
-            trip.leave(row, depth, answers[place], sure[place])
+            trip.leave(row, depth, answers[place : place + 1], sure[place])
 
     def _places(self, trip: Trip) -> list[int]:
         return [i for i, (owner, _) in enumerate(self.owners) if owner is trip]
@@ -132,12 +131,12 @@ def boarded(trip: Trip, load: Load, device: Any) -> list[Riders]:
     lengths: list[int] = acts.lengths_B.tolist()
     owners = [(trip, row) for row in range(len(lengths))]
     whole = Riders(Rows.of(acts), trip.request.knobs, owners, lengths)
-    if fits(whole.group, load):
+    if fits(whole.count, whole.tokens, load):
         return [whole]
     pieces: list[list[int]] = [[]]
     tokens = 0
     for row, length in enumerate(lengths):
-        if pieces[-1] and not fits(Group(len(pieces[-1]) + 1, tokens + length), load):
+        if pieces[-1] and not fits(len(pieces[-1]) + 1, tokens + length, load):
             pieces.append([])
             tokens = 0
         pieces[-1].append(row)
@@ -145,19 +144,28 @@ def boarded(trip: Trip, load: Load, device: Any) -> list[Riders]:
     return [whole.take(piece) for piece in pieces]
 
 
-def fits(group: Group, load: Load) -> bool:
-    return group.rows <= load.max_batch and group.tokens <= load.max_batch_tokens
+def total(waiting: Iterable[Riders]) -> Group:
+    """Of all of them."""
+    count = tokens = 0
+    for riders in waiting:
+        count += riders.count
+        tokens += riders.tokens
+    return Group(count, tokens)
+
+
+def fits(rows: int, tokens: int, load: Load) -> bool:
+    return rows <= load.max_batch and tokens <= load.max_batch_tokens
 
 
 def fitting(ordered: Iterable[Riders], load: Load) -> tuple[list[Riders], list[Riders]]:
     """(those that may share a layer, the rest): at least the first, within the load's bounds."""
     chosen: list[Riders] = []
     rest: list[Riders] = []
-    total = Group(0, 0)
+    rows = tokens = 0
     for riders in ordered:
-        if not chosen or fits(total.plus(riders.group), load):
+        if not chosen or fits(rows + riders.count, tokens + riders.tokens, load):
             chosen.append(riders)
-            total = total.plus(riders.group)
+            rows, tokens = rows + riders.count, tokens + riders.tokens
         else:
             rest.append(riders)
     return chosen, rest
@@ -165,26 +173,31 @@ def fitting(ordered: Iterable[Riders], load: Load) -> tuple[list[Riders], list[R
 
 def joined(chosen: Sequence[Riders], load: Load) -> list[Riders]:
     """The same rows in as few parts as operating points and the bound on padding allow."""
-    if len(chosen) == 1:
-        return list(chosen)
+    if _one_part(chosen, load):
+        return [_as_one(chosen)]
     parts: list[list[Riders]] = []
-    total = Group(0, 0)
     for riders in sorted(chosen, key=lambda riders: (riders.knobs, riders.longest)):
-        total = total.plus(riders.group)
-        padded = total.rows * riders.longest
-        same = parts and parts[-1][0].knobs == riders.knobs
-        if not same or padded > load.max_padding * total.tokens:
+        if not (parts and _one_part([*parts[-1], riders], load)):
             parts.append([])
-            total = riders.group
         parts[-1].append(riders)
     return [_as_one(part) for part in parts]
+
+
+def _one_part(chosen: Sequence[Riders], load: Load) -> bool:
+    knobs, longest = chosen[0].knobs, 0
+    for riders in chosen:
+        if riders.knobs != knobs:
+            return False
+        longest = max(longest, riders.longest)
+    rows, tokens = total(chosen)
+    return len(chosen) == 1 or rows * longest <= load.max_padding * tokens
 
 
 def _as_one(part: Sequence[Riders]) -> Riders:
     if len(part) == 1:
         return part[0]
     return Riders(
-        Rows(tuple(piece for riders in part for piece in riders.rows.pieces)),
+        Rows(tuple([piece for riders in part for piece in riders.rows.pieces])),
         part[0].knobs,
         [owner for riders in part for owner in riders.owners],
         [length for riders in part for length in riders.lengths],

@@ -120,12 +120,10 @@ def settle(before: Activations[A] | Rows[A], step: Step[A], n_layers: int) -> Se
     assert acts.depth == before.depth + 1, f"a step from {before.depth} to {acts.depth}"
     assert acts.batch_size == before.batch_size, f"{acts.batch_size} rows of {before.batch_size}"
     assert look is not None or acts.depth < n_layers, "no exit head at full depth"
+    if look is not None and acts.depth < n_layers:
+        return Settled(acts, look.leave_B.nonzero()[0], (~look.leave_B).nonzero()[0])
     every, nobody = np.arange(acts.batch_size), np.zeros(0, np.int64)
-    if look is None:
-        return Settled(acts, nobody, every)
-    if acts.depth == n_layers:
-        return Settled(acts, every, nobody)
-    return Settled(acts, np.flatnonzero(look.leave_B), np.flatnonzero(~look.leave_B))
+    return Settled(acts, nobody, every) if look is None else Settled(acts, every, nobody)
 
 
 def run(

@@ -120,47 +120,44 @@ class _Spots:
 
     runs    (rows, tokens of each) of neighbouring rows of one length
     order   the rows in that order;  tokens  all of them
+
+    Lists, because for a handful of rows they take a fraction of the time that arrays do.
     """
 
     def __init__(self, lengths_B: NDArray[np.int64]) -> None:
-        self.order = np.argsort(lengths_B, kind="stable")
-        self._sorted_B = lengths_B[self.order]
-        ends_B = self._sorted_B.cumsum()
-        self.tokens = int(ends_B[-1])
-        self._starts_B = ends_B - self._sorted_B
-        self._first_B = np.empty_like(lengths_B)  # of each row, its first packed token
-        self._first_B[self.order] = self._starts_B
-        counts = np.bincount(lengths_B)
-        sizes = np.flatnonzero(counts)
-        self.runs: list[Run] = list(zip(counts[sizes].tolist(), sizes.tolist(), strict=True))
+        self._lengths: list[int] = lengths_B.tolist()
+        self.order = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
+        self._first = [0] * len(self._lengths)  # of each row, its first packed token
+        self.tokens = 0
+        counts: dict[int, int] = {}
+        for row in self.order:
+            length = self._lengths[row]
+            self._first[row] = self.tokens
+            self.tokens += length
+            counts[length] = counts.get(length, 0) + 1
+        self.runs: list[Run] = [(rows, length) for length, rows in counts.items()]
 
     def gather(self, pieces: Sequence[tuple[Activations[Tensor], NDArray[np.int64]]]) -> Tensor:
         """(N, D) with padding at the end; a view where the rows lie so already."""
-        flat: list[Tensor] = []
-        places: list[NDArray[np.int64]] = []  # of each row, where its first token lies
-        start = 0
-        for acts, at in pieces:
-            rows, longest, width = acts.hidden_BTD.shape
-            flat.append(acts.hidden_BTD.reshape(-1, width))
-            places.append(start + at * longest)
-            start += rows * longest
+        first, at = pieces[0]
+        rows, longest, width = first.hidden_BTD.shape
         padded = padded_to(self.tokens)
-        if len(flat) == 1 and padded == self.tokens == start:
-            return flat[0]
-        there_N = np.zeros(padded, np.int64)
-        from_B = np.concatenate(places)[self.order] - self._starts_B
-        there_N[: self.tokens] = np.repeat(from_B, self._sorted_B) + np.arange(self.tokens)
-        hidden_FD = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return hidden_FD.index_select(0, torch.from_numpy(there_N).to(hidden_FD.device))
+        if len(pieces) == 1 and at.size == rows and padded == self.tokens == rows * longest:
+            return first.hidden_BTD.reshape(-1, width)
+        each = [acts.hidden_BTD[row] for acts, at in pieces for row in at.tolist()]
+        parts = [each[row][: self._lengths[row]] for row in self.order]
+        if padded > self.tokens:
+            parts.append(first.hidden_BTD.new_zeros(padded - self.tokens, width))
+        return torch.cat(parts)
 
     def scatter(self, hidden_ND: Tensor, start: int, lengths_B: NDArray[np.int64]) -> Tensor:
         """(B, T, D) of the rows from `start` on. Padding, which may hold anything but what is another row's
         (that might not be a number), becomes copies of the row's last token."""
         rows, longest = lengths_B.size, int(lengths_B.max())
         shape = (rows, longest, hidden_ND.shape[-1])
-        if rows == self.order.size and rows * longest == self.tokens:
+        if rows == len(self.order) and rows * longest == self.tokens:
             return hidden_ND[: self.tokens].view(shape)
-        first_B = self._first_B[start : start + rows]
+        first_B = np.array(self._first[start : start + rows])
         back_BT = first_B[:, None] + np.minimum(np.arange(longest), lengths_B[:, None] - 1)
         back_F = torch.from_numpy(back_BT.reshape(-1)).to(hidden_ND.device)
         return hidden_ND.index_select(0, back_F).view(shape)
