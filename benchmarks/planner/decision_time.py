@@ -44,7 +44,7 @@ class Clock:
 def measure(bundle: Bundle, decisions: int) -> dict[str, Any]:
     settings, rng, clock = EdgeSettings(), random.Random(0), Clock()
     plan, n = plan_for(bundle, settings), bundle.n_layers
-    link, cloud, times = Link(clock), CloudTimes(), LayerTimes(n)
+    link, cloud, times = Link(clock), CloudTimes(clock), LayerTimes(n)
     menu = Menu(bundle, plan.depths, within(bundle, 0.5, None), EncodeTimes({}), {})
     planner = AutoPlanner(menu, foreseen(bundle, plan, settings), World(lambda: times, link, cloud))
     cloud.ran(n, 16, 0.5, 1.0 * n)

@@ -103,7 +103,7 @@ class Device:
     waited: bool = False  # the sample that is on it, for its turn
 
     def __post_init__(self) -> None:
-        self.link, self.cloud, n = Link(self.clock), CloudTimes(), self.bundle.n_layers
+        self.link, self.cloud, n = Link(self.clock), CloudTimes(self.clock), self.bundle.n_layers
         self.times = LayerTimes(n)
         for depth in range(n):
             self.times.ran(depth, 16, self.layer_ms)

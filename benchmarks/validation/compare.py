@@ -21,7 +21,7 @@ def compared(cell: Cell, measured: dict[str, Any], record: Record) -> dict[str, 
     """The cell's facts by simulator, by both live runs together, and by each of them; the errors, and which
     bars they miss."""
     scenario = cell.scenario(measured["requests"])
-    said = facts([predicted.run(scenario, record)], record.header.n_layers, scenario.deadline_ms)
+    said = facts(predicted.runs(scenario, record), record.header.n_layers, scenario.deadline_ms)
     runs = [facts([run], record.header.n_layers, scenario.deadline_ms) for run in measured["runs"]]
     both = facts(measured["runs"], record.header.n_layers, scenario.deadline_ms)
     errors = differences(said, both)

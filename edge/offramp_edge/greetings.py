@@ -37,6 +37,7 @@ class Greetings:
     def __init__(self, transport: Transport, clock: Clock, longest_s: float) -> None:
         self._transport, self._clock, self._longest_s = transport, clock, longest_s
         self._pending: set[asyncio.Task[Greeted]] = set()
+        self._leaving: set[asyncio.Task[Greeted]] = set()  # nobody waits for these any more
 
     async def greet(self, hello: Hello, patience_s: float) -> Greeted:
         """Send another one, and wait for it and for those before it. Raises what the last to fail raised, or
@@ -52,7 +53,8 @@ class Greetings:
                     # Asks each: asyncio prints an exception that nobody asked for.
                     answered = [task for task in done if task.exception() is None]
                     if answered:
-                        await self.close()
+                        # To close their connections takes longer than patience may last.
+                        self._give_up()
                         return answered[0].result()
                     failure = next(iter(done)).exception()
         except TimeoutError:
@@ -61,10 +63,20 @@ class Greetings:
         raise failure
 
     async def close(self) -> None:
+        self._give_up()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    def _give_up(self) -> None:
         pending, self._pending = self._pending, set()
         for task in pending:
             task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+            self._leaving.add(task)
+            task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[Greeted]) -> None:
+        self._leaving.discard(task)
+        if not task.cancelled():
+            task.exception()  # asked, or asyncio prints it
 
     async def _hello(self, hello: Hello) -> Greeted:
         began_s = self._clock.now()

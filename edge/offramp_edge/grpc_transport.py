@@ -20,7 +20,7 @@ from offramp_common.transport import Completion, Hello, Offload, Welcome
 from offramp_common.wire import offload_pb2 as pb
 from offramp_common.wire import offload_pb2_grpc as pb_grpc
 from offramp_edge.grpc_errors import numbered, translated
-from offramp_edge.grpc_stream import WorkStream
+from offramp_edge.grpc_stream import EndedWell, WorkStream
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["OffloadService"].full_name
 _COMPLETE_STREAM = f"/{_SERVICE}/CompleteStream"
@@ -36,7 +36,9 @@ _OPTIONS = (
     # The breaker decides when to try again; gRPC's own minute of back-off would hide a cloud that
     # has come back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),  # in which a connection must come about
+    # In which a connection must come about: TCP and TLS over a satellite take more than a second. Who greets
+    # waits as long as it likes, and the next greeting has a connection of its own.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 300),
     ("grpc.use_local_subchannel_pool", 1),
     # The cloud announces what it accepts in the handshake; replies are small.
@@ -143,7 +145,7 @@ class GrpcTransport:
         request = offload_to_pb(work).SerializeToString()
         try:
             async with asyncio.timeout(timeout_s):
-                outcome = await self._current.stream().ask(work.request_id, request)
+                outcome = await self._asked(work.request_id, request)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer in {1000 * timeout_s:.0f} ms") from None
         if outcome.WhichOneof("outcome") == "error":
@@ -154,6 +156,12 @@ class GrpcTransport:
 
     async def close(self) -> None:
         await self._current.close()
+
+    async def _asked(self, request_id: str, request: bytes) -> pb.StreamReply:
+        try:
+            return await self._current.stream().ask(request_id, request)
+        except EndedWell:  # it was idle until this request, which the cloud has not seen
+            return await self._current.stream().ask(request_id, request)
 
     def _connected(self) -> _Connection:
         if self._credentials is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from offramp_edge.answers import FALLBACK, Answer
@@ -106,9 +107,7 @@ class AutoPlanner:
         self._seen: tuple[float, ...] = ()  # the estimates when they were last looked at
         self._layer_ms: tuple[float, ...] = ()
         self._kept: dict[tuple[int, ...], list[Stage]] = {}
-        self._home: dict[
-            int, int
-        ] = {}  # by length: the depth from which sending is out of the question
+        self._slowest_ms: tuple[float, ...] = ()  # of each layer and those behind it, a token
         self._next_exit = [min(e for e in self.solver.exits if e > d) for d in range(self._n)]
         self.solved = self.asked = 0
         self.usual_tokens = 16.0  # of a sample, a moving average
@@ -146,33 +145,33 @@ class AutoPlanner:
         return self._stages(standing)
 
     def _stays(self, standing: Standing) -> bool:
-        """Whether no solution would send it any more, seen without solving: from here on the way to the cloud
-        and one layer there take longer than all layers that are left, and for these there is time. Only for
-        those who hold up nobody."""
+        """Whether no solution would send it before the next exit, seen without solving: there is time for all
+        layers here, and sending costs more than those that it is expected to run if it never leaves the
+        device. Only for those who hold up nobody."""
         if not self._blind and (standing.waiting or self.crowd.fifths()):
             return False
-        tokens = -(-standing.n_tokens // _TOKENS) * _TOKENS
-        home = self._home.get(tokens)
-        if home is None:
-            home = self._home[tokens] = self._home_from(tokens)
-        if standing.reachable and standing.depth < home:
+        if standing.left_ms < math.inf and self._here_ms(standing) > standing.left_ms:
             return False
-        return standing.left_ms == math.inf or self._here_ms(standing) <= standing.left_ms
+        if not standing.reachable:
+            return True
+        outlook = self.solver.outlooks[self.solver.place[standing.depth]]
+        bin_ = outlook.bin_of(standing.confidence)
+        n_tokens = -(-standing.n_tokens // _TOKENS) * _TOKENS
+        exit_ = self._next_exit[standing.depth]
+        return all(self._dearer(d, bin_, n_tokens) for d in range(standing.depth, exit_))
 
-    def _home_from(self, n_tokens: int) -> int:
-        believed, o = self._believed, self.objective
+    def _dearer(self, depth: int, bin_: int, n_tokens: int) -> bool:
+        believed, o, layers = self._believed, self.objective, self.solver.left_at(depth)[bin_]
         assert believed is not None
-        local_ms, tokens = 0.0, max(n_tokens, FEWEST_TOKENS)
-        away_ms = believed.rtt_ms + believed.cloud_queue_ms + o.cloud
-        options = self.menu.at(n_tokens)
-        for depth in range(self._n - 1, -1, -1):
-            local_ms += self._layer_ms[depth] * tokens * (1 + o.energy * o.device_watts)
-            for option in options[depth]:
-                sent_ms = option.encode_ms + option.nbytes * believed.ms_per_byte + away_ms
-                sent_ms += believed.cloud_token_ms * max(option.tokens, FEWEST_TOKENS)
-                if sent_ms < local_ms * _SURELY:
-                    return depth + 1
-        return 0
+        here_ms = layers * self._slowest_ms[depth] * max(n_tokens, FEWEST_TOKENS)
+        here_ms *= (1 + o.energy * o.device_watts) * _SURELY
+        away_ms = believed.rtt_ms + believed.cloud_queue_ms + o.cloud * layers
+        for option in self.menu.at(n_tokens)[depth]:
+            cloud_ms = layers * believed.cloud_token_ms * max(option.tokens, FEWEST_TOKENS)
+            sent_ms = option.encode_ms + option.nbytes * believed.ms_per_byte
+            if sent_ms + cloud_ms + away_ms <= here_ms:
+                return False
+        return True
 
     def _here_ms(self, standing: Standing) -> float:
         """All layers that are left, on the device."""
@@ -270,11 +269,13 @@ class AutoPlanner:
         self._layer_ms = tuple(
             device.ms(depth, depth + 1, FEWEST_TOKENS) / FEWEST_TOKENS for depth in range(self._n)
         )
-        self._kept, self._home = {}, {}
+        self._slowest_ms = tuple(accumulate(reversed(self._layer_ms), max))[::-1]
+        self._kept = {}
 
 
 def _near(one: float, other: float) -> bool:
-    return abs(one - other) <= max(_MOVED * other, _MOVED_MS)
+    moved = abs(one - other)
+    return moved <= _MOVED_MS or moved <= _MOVED * other
 
 
 def _step(ms: float) -> int:

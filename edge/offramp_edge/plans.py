@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -85,7 +86,7 @@ class Probed(Protocol):
 
 class Attention:
     """What is done when a planner is asked, which is when samples come: it learns which codecs the cloud has,
-    and a link that is new, or has been silent for too long, is probed."""
+    and a link that is new, or has been silent for too long, is probed. `draw`: evenly from 0 to 1."""
 
     def __init__(
         self,
@@ -94,9 +95,10 @@ class Attention:
         probe_s: float,
         clock: Clock,
         call_soon: Callable[[Callable[[], None]], object],
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self._session, self._menu, self._probe_s, self._clock = session, menu, probe_s, clock
-        self._call_soon = call_soon
+        self._call_soon, self._draw = call_soon, draw
         self._codecs: tuple[str, ...] = ()
         self._next_s = float("-inf")
 
@@ -112,9 +114,11 @@ class Attention:
         if self._session.link.transfers < _FIRST_PROBES:
             self._call_soon(self._session.probe)  # one at a time, whatever is asked of it
             return
+        # Not evenly: devices that began together would probe together, and find the queue they make.
+        wait_s = self._probe_s * (1 + self._draw() / 2)
         age_s = self._session.link.age_s()
         if age_s < self._probe_s:
-            self._next_s = now_s + self._probe_s - age_s
+            self._next_s = now_s + wait_s - age_s
         elif self._session.worth_asking():
-            self._next_s = now_s + self._probe_s
+            self._next_s = now_s + wait_s
             self._call_soon(self._session.probe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from offramp_common.transport import Hello, Offload
 from offramp_edge.handshake import Agreed
 from offramp_edge.settings import Plan
 
+PROBE_TOKENS = (16, 1)
+"""Of the samples without content that probe a link, in turns: they tell rate and round trip apart."""
 _FIELDS_NBYTES = 20  # of an Offload: tags, lengths and the deadline
 
 
@@ -72,6 +75,12 @@ class Requests:
 def used(codec: str, agreed: Agreed) -> str:
     """The codec by which hidden states are sent where `codec` is wished for."""
     return codec if codec in agreed.codecs else agreed.codec
+
+
+def probe_depth(depths: Collection[int]) -> int:
+    """Where a probe is cut, of the depths at which samples may be: a hidden state, if one may be sent at all,
+    for token ids are too few bytes to tell a rate by."""
+    return min(depth for depth in depths if depth or len(depths) == 1)
 
 
 def blank(cut: CutSpec, n_tokens: int) -> Activations[NumpyArray]:

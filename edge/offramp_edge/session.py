@@ -26,13 +26,20 @@ from offramp_edge.greetings import DOUBTS_APART_S, Greetings, doubt_s, patience_
 from offramp_edge.handshake import Agreed, agree, check_completion
 from offramp_edge.link import Link, Transfer
 from offramp_edge.not_answered import NotAnswered, reason_of
-from offramp_edge.requests import BeyondLimits, Requests, blank, nbytes_of, used
+from offramp_edge.requests import (
+    PROBE_TOKENS,
+    BeyondLimits,
+    Requests,
+    blank,
+    nbytes_of,
+    probe_depth,
+    used,
+)
 from offramp_edge.settings import EdgeSettings, Plan
 
 log = logging.getLogger("offramp.edge")
 
 _NEW = 0.2  # weight of the latest answer in the usual time
-_PROBE_TOKENS = (16, 1)  # of samples without content, in turns: they tell rate and round trip apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,12 +86,12 @@ class CloudSession:
             transport.on_lost = self.breaker.ask.set
         self.link = Link(clock)
         self._greetings = Greetings(transport, clock, settings.probe_timeout_ms / 1000)
-        self.cloud_times = CloudTimes()
+        self.cloud_times = CloudTimes(clock)
         self._agreed: Agreed | None = None
         self._waits: set[asyncio.Timeout] = set()
         self._usual_s: float | None = None  # what an answer takes, a moving average
         self._probing: asyncio.Task[None] | None = None
-        self._probes = itertools.cycle(_PROBE_TOKENS)
+        self._probes = itertools.cycle(PROBE_TOKENS)
 
     async def keep(self) -> None:
         """Greet the cloud whenever a greeting is wanted, until cancelled."""
@@ -168,9 +175,7 @@ class CloudSession:
 
     async def _probe(self) -> None:
         assert self._agreed is not None
-        cuts = self._requests.cuts
-        # A hidden state, if one may be sent at all: token ids are too few bytes to tell a rate by.
-        cut = cuts[min(depth for depth in cuts if depth or len(cuts) == 1)]
+        cut = self._requests.cuts[probe_depth(self._requests.cuts)]
         acts = blank(cut, min(next(self._probes), self._agreed.limits.max_tokens))
         timeout_s = self._settings.offload_timeout_ms / 1000
         try:

@@ -35,6 +35,10 @@ class Pings:
         # device -> (when the latest ping is sent, the pause after it, how many so far)
         self._latest: dict[int, tuple[float, float, int]] = {}
 
+    def connected(self, device: int) -> None:
+        """Its work goes over a new connection from now on, which is measured from the start."""
+        self._latest.pop(device, None)
+
     def replied(self, device: int, now_s: float) -> None:
         """A reply reaches the device; the times of one device rise."""
         last = self._latest.get(device)

@@ -75,6 +75,7 @@ class Engine:
         self._at = 0
         self._express_s = 0.0  # of each layer, where one row runs several in one go; 0: one layer
         self._began_s = 0.0
+        self._ended_s = -math.inf  # when its latest layer ended
 
     @property
     def running(self) -> bool:
@@ -124,8 +125,9 @@ class Engine:
             self.ends_s = math.inf
             return
         self._running, self._at = [[job]], floor + 1
-        self._began_s = max(now_s, self.starts_s)
-        self._express_s = self._times.layer_s(1, job.tokens) * job.deviation
+        wakes_s, layer_s = self._times.alone(now_s - self._ended_s, job.tokens)
+        self._began_s = max(now_s, self.starts_s) + wakes_s
+        self._express_s = layer_s * job.deviation
         self.ends_s = self._began_s + self._express_s * (job.exit - floor)
 
     def everybody(self) -> list[Job]:
@@ -134,7 +136,7 @@ class Engine:
         return [job for group in groups for job in group]
 
     def _end(self, now_s: float) -> list[Job]:
-        parts, self._running = self._running, []
+        parts, self._running, self._ended_s = self._running, [], now_s
         if self._express_s:
             ((rider,),) = parts
             layers = rider.exit - rider.depth

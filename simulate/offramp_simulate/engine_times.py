@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp_simulate.record import Record
 from offramp_simulate.scenario_parts import Cloud
+
+_LEAST = 0.1  # of a layer's time, whatever a short rest saves: far beyond what was ever measured
 
 
 class EngineTimes:
@@ -26,6 +30,24 @@ class EngineTimes:
         self._row_s: list[float] = self._layer_s[0]
         self.fixed_s = float(record.engine_fixed_ms_R[0]) * cloud.slowdown / 1e3
         self.n_layers = record.header.n_layers
+        self._rest_s: list[float] = record.rest_s_S.tolist()
+        self._rest_run_s, self._rest_layer_s = (record.rest_ms_WS * cloud.slowdown / 1e3).tolist()
+
+    def alone(self, rest_s: float, tokens: int) -> tuple[float, float]:
+        """(seconds before the first layer, seconds of each layer) of one row that ends so long a rest; the
+        former beyond those in `fixed_s`, so they may be negative."""
+        layer_s, rests_s = self._row_s[tokens], self._rest_s
+        if len(rests_s) == 1:
+            return 0.0, layer_s
+        place = min(max(bisect_left(rests_s, rest_s), 1), len(rests_s) - 1)
+        before_s, after_s = rests_s[place - 1], rests_s[place]
+        share = min(max((rest_s - before_s) / (after_s - before_s), 0.0), 1.0)
+        run_s, more_s = (
+            costs[place - 1] + share * (costs[place] - costs[place - 1])
+            for costs in (self._rest_run_s, self._rest_layer_s)
+        )
+        layer_s = max(layer_s + more_s, _LEAST * layer_s)
+        return max(run_s, -layer_s / 2), layer_s
 
     def layer_s(self, rows: int, tokens: int) -> float:
         if rows == 1:

@@ -53,7 +53,9 @@ def maker(plan: Plan, scenario: Scenario, record: Record, resolved: Resolved) ->
         else:
             planner = AutoPlanner(menu, seen, believed, objective_of(settings))
         session = _Session(world, side, shared)
-        planner.on_asked = Attention(session, menu, probe_s, world.clock, _at_once).asked
+        planner.on_asked = Attention(
+            session, menu, probe_s, world.clock, _at_once, session.draw
+        ).asked
         return planner
 
     return make
@@ -73,9 +75,11 @@ class _Session:
         assert self._side.breaker is not None
         return not self._side.breaker.refusal()
 
+    def draw(self) -> float:
+        return self._world.cloud.handshakes.rng_of(self._side).random()
+
     def probe(self) -> None:
-        if self.worth_asking():
-            self._world.cloud.handshakes.probe(self._side)
+        self._world.cloud.probes.send(self._side)
 
 
 def _at_once(call: Callable[[], None]) -> None:

@@ -23,11 +23,16 @@ from offramp_common.bundle import Bundle
 from offramp_common.errors import DataError
 from offramp_common.manifest import Manifest
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)
+"""Format 2 says nothing of an engine's rests."""
 NEVER = "never"
 """The operating point at which no sample leaves early."""
 OWN = "own"
 """The bundle's calibrated operating point."""
+
+
+_RESTS = {"rest_s_S", "rest_ms_WS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class Header:
     def from_json(cls, text: str) -> Header:
         """Raises KeyError, TypeError or ValueError where it is no header of this format."""
         value = json.loads(text)
-        if value.pop("format") != FORMAT:
+        if value.pop("format") not in _READ:
             raise ValueError(f"not format {FORMAT}: make it again with `offramp record`")
         value["points"] = tuple(Point(**point) for point in value["points"])
         known = {f.name for f in fields(cls)}
@@ -101,6 +106,8 @@ class Record:
     engine_deviation_J  the same of the engine, as many, for one row that comes while nothing else runs
     batches_R, engine_ms_RG     milliseconds of one layer of the engine for R rows of G tokens
     engine_fixed_ms_R   of a run, whatever its layers: joining, copying, answering
+    rest_s_S, rest_ms_WS   what an engine takes more for one row after so long a rest than after the one that
+                        its table was timed with: of a run, and of each of its layers
     manifest_json       the bundle's manifest, as bytes of JSON: what live planners read of a bundle
     """
 
@@ -121,6 +128,8 @@ class Record:
     engine_ms_RG: NDArray[np.float64]
     engine_fixed_ms_R: NDArray[np.float64]
     manifest_json: NDArray[np.uint8]
+    rest_s_S: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    rest_ms_WS: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 1)))
     path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -173,7 +182,8 @@ class Record:
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = Header.from_json(bytes(file["header"]).decode())
-                names = [f.name for f in fields(cls) if f.name not in ("header", "path")]
+                names = {f.name for f in fields(cls) if f.name not in ("header", "path")}
+                names -= _RESTS - set(file.files)
                 return cls(header, **{name: file[name] for name in names}, path=path)
         except FileNotFoundError as error:
             raise DataError(
@@ -209,6 +219,7 @@ def _problem(record: Record) -> str:
         "engine_ms_RG": (rows, grid),
         "engine_fixed_ms_R": (rows,),
         "engine_deviation_J": record.deviation_J.shape,
+        "rest_ms_WS": (2, len(record.rest_s_S)),
     }
     for name, shape in shapes.items():
         if getattr(record, name).shape != shape:

@@ -115,6 +115,7 @@ def _made(bundle: Any, args: argparse.Namespace) -> Any:
         found.leaves_PKN, found.request_CON, found.through_QCNE, device.lengths_G,
         device.layer_ms_PLG, device.encode_ms_OG, device.deviation_J, engine.deviation_J,
         engine.batches_R, engine.engine_ms_RG, engine.engine_fixed_ms_R, record_build.manifest_bytes(bundle),
+        engine.rest_s_S, engine.rest_ms_WS,
     )  # fmt: skip
 
 

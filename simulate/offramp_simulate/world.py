@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from heapq import heappop, heappush
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from offramp_edge.answers import Answer
 from offramp_edge.device import LayerTimes
 from offramp_edge.planning import Learns, Planner
+from offramp_edge.requests import probe_depth
 from offramp_simulate.arrivals import Draws, phases, requests
 from offramp_simulate.beside import Pings
 from offramp_simulate.device_model import Cut, Resolved, cut, samples
@@ -60,10 +62,11 @@ class World:
         min_split: int = 0,
     ) -> None:
         self.scenario, self.record, self.plan, self.profile = scenario, record, plan, profile
+        self.chance = scenario.seed  # of devices' pauses before they greet or send again
         self.clock = KernelClock()
         self.of = samples(record, scenario, plan)
         self.farm = Farm(EngineTimes(record, scenario.cloud), scenario.cloud, scenario.seed)
-        self.planner_for, self._probe_depth = planner_for, max(1, min_split)
+        self.planner_for, self._min_split = planner_for, min_split
         self.events, self.pings = 0, Pings()
         self._tally, self._serial = tally, itertools.count(1)
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -127,9 +130,10 @@ class World:
             up, down = self._lines(number)
             side = Side(number, up, down, self.scenario.agent.retry_share, self.clock)
             side.breaker = self.cloud.breaker_of(side)
+            if self.cloud.estimates:
+                side.link.connected(1e3 * (3 * self.cloud.rtt_s + 2 * self.cloud.hop_s))
             if self.planner_for is not None:
                 side.times = LayerTimes(self.of.n_layers)
-                side.link.connected(1e3 * (3 * self.cloud.rtt_s + 2 * self.cloud.hop_s))
                 side.planner = self.planner_for(self, side)
                 side.learns = side.planner if isinstance(side.planner, Learns) else None
                 self.device.warm_up(side)
@@ -197,10 +201,14 @@ class World:
             self._probe_nbytes[tokens] = max(round(start + slope * tokens), 1)
         return self._probe_nbytes[tokens]
 
-    @property
+    @cached_property
     def probe_layers(self) -> int:
         """That a probe has the cloud run."""
         return self.of.n_layers - self._probe_depth
+
+    @cached_property
+    def _probe_depth(self) -> int:
+        return probe_depth(range(self._min_split, self.of.n_layers))
 
     def beside(self, nbytes: int) -> None:
         """Bytes that belong to no answer."""

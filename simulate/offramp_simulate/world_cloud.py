@@ -10,21 +10,20 @@ import math
 from typing import TYPE_CHECKING
 
 from offramp_edge.breaker import ASIDE, Breaker
-from offramp_edge.greetings import doubt_s
 from offramp_simulate.engine_model import Job
 from offramp_simulate.farm import Busy
 from offramp_simulate.results import CLOUD
-from offramp_simulate.world_faults import LOST, Faults
+from offramp_simulate.world_faults import Faults
 from offramp_simulate.world_handshake import Handshakes
 from offramp_simulate.world_link import OnLink
-from offramp_simulate.world_parts import AIR, QUEUED, RETRY, Flight, Side, breaker_for
+from offramp_simulate.world_parts import AIR, LOST, QUEUED, RETRY, Flight, Side, breaker_for
+from offramp_simulate.world_probes import Probe, Probes
 from offramp_simulate.world_retries import Retries
 
 if TYPE_CHECKING:
     from offramp_simulate.world import World
 
 _TICK_S = 0.001  # as in the live agent: an event loop's timers are no finer
-_NEW = 0.2  # as in the live session
 
 
 class InCloud:
@@ -39,18 +38,22 @@ class InCloud:
         self.hop_s = gateway_ms / 2e3 + world.farm.times.fixed_s / 2
         self.rtt_s = world.profile.rtt_ms / 1e3
         self.down_nbytes = header.response_nbytes + world.scenario.link.beside_nbytes
-        self._estimates = world.planner_for is not None
+        # The live device always estimates its link; it matters to planners, and to who waits in an outage.
+        faulty = bool(world.scenario.faults) or world.profile.trace is not None
+        self.estimates = world.planner_for is not None or faulty
         self.in_air: dict[int, Flight] = {}
         self.faults = Faults(world, self)
         self.link = OnLink(world, self.faults, self.hop_s)
         self.handshakes = Handshakes(world, self)
         self.retries = Retries(world, self)
+        self.probes = Probes(world, self)
 
     def breaker_of(self, side: Side) -> Breaker:
         def lost() -> None:
+            side.put_aside += 1
             self._world.at(self._clock.now_s, self._give_up_waiting, side)
 
-        return breaker_for(side, self._agent, self._clock, self._world.scenario.seed, lost)
+        return breaker_for(side, self._agent, self._clock, self._world.chance, lost)
 
     def away(self, flight: Flight) -> None:
         """It has left the device's turn, to be run in the cloud."""
@@ -87,9 +90,12 @@ class InCloud:
         leaves_s = self._clock.now_s + self.hop_s
         for job in batch:
             flight = job.key
-            assert isinstance(flight, Flight)
             if job.wanted_s == -math.inf:
                 continue  # the connection is lost, or its cancel has come
+            if isinstance(flight, Probe):
+                self.probes.finished(flight, job)
+                continue
+            assert isinstance(flight, Flight)
             if flight.job is not job or flight.stage != AIR:
                 self._world.beside(self.down_nbytes)
             job.reports_ms = job.queue_ms(self._clock.now_s), 1e3 * job.ran_s
@@ -145,16 +151,14 @@ class InCloud:
         flight.welcomes = breaker.welcomes
         side.at_air[flight.number] = flight
         _, up, _, _, encode_ms = self._world.cut_at(flight.cut, flight.codec)
-        if self._estimates:
+        if self.estimates:
             layers = self._n - flight.cut
             expected_ms = side.cloud_times.queue_ms
             expected_ms += layers * side.cloud_times.layer_ms(self._tokens[flight.sample])
             flight.transfer = side.link.sent(
                 up[flight.sample] - self._world.scenario.link.beside_nbytes, expected_ms
             )
-        if side.usual_s is not None:
-            when_s = self._clock.now_s + doubt_s(side.usual_s)
-            self._world.at(when_s, self._doubt, flight, flight.trip)
+        self.handshakes.expects(side, self._doubt, flight, flight.trip)
         flight.ready_s = self._clock.now_s + encode_ms[flight.sample] * flight.deviation / 1e3
         self._world.at(flight.ready_s, self._on_link, flight, flight.trip)
 
@@ -201,10 +205,7 @@ class InCloud:
         side, breaker, now_s = flight.side, flight.side.breaker, self._clock.now_s
         assert breaker is not None
         side.usual.took(now_s - flight.asked_s)
-        breaker.answered()
-        took_s = now_s - flight.asked_s
-        usual_s = took_s if side.usual_s is None else side.usual_s
-        side.usual_s = usual_s + _NEW * (took_s - usual_s)
+        self.handshakes.told(side, now_s - flight.asked_s)
         if flight.transfer is not None:
             queue_ms, compute_ms = job.reports_ms
             side.cloud_times.ran(job.exit - job.entered, job.tokens, queue_ms, compute_ms)
@@ -276,10 +277,7 @@ class InCloud:
 
     def _doubt(self, flight: Flight, trip: int) -> None:
         if flight.stage == AIR and flight.trip == trip:
-            breaker = flight.side.breaker
-            assert breaker is not None
-            breaker.ask.set()
-            self.handshakes.asked(flight.side)
+            self.handshakes.doubted(flight.side)
 
     def _give_up_waiting(self, side: Side) -> None:
         """The cloud was put aside: whoever waits for it need not."""
@@ -295,3 +293,4 @@ class InCloud:
                 self.link.cancel(flight)
                 self._out_of_air(flight)
                 self.retries.failed(flight, breaker.reason)
+        self.probes.given_up(side)

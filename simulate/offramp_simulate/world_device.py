@@ -263,12 +263,12 @@ class OnDevice:
             where = FALLBACK if flight.trouble else DEVICE
             self._answer(flight, where, flight.trouble)
             self._release(side)
-        elif side.samples and not flight.trouble:
-            flight.hedging = "waits"
-            heapq.heappush(side.hedges, (flight.number, flight))
-            self._release(side)
-        else:
+        elif flight.trouble:
             self._hedge_layer(flight)
+        else:  # the turn goes to another one, if one waits, before this one waits for it again
+            flight.hedging = "waits"
+            self._release(side)
+            self._queue_hedge(flight)
 
     def _answer(self, flight: Flight, where: int, reason: str) -> None:
         column = self._world.columns[flight.passed]

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from offramp_simulate.engine_model import Job
 from offramp_simulate.farm import Busy
 from offramp_simulate.scenario_parts import Fault
-from offramp_simulate.world_parts import AIR, Flight
+from offramp_simulate.world_parts import AIR, LOST, Flight
+from offramp_simulate.world_probes import Probe
 
 if TYPE_CHECKING:
     from offramp_simulate.world import World
     from offramp_simulate.world_cloud import InCloud
-
-LOST = Job(None, 0, 1, 1, 1.0, -math.inf)
-"""In place of a job: what was in the air when a fault began, and will not arrive."""
 
 
 class Faults:
@@ -41,10 +38,13 @@ class Faults:
         if fault.what == "replica":
             for job in farm.kill(now_s):
                 flight = job.key
-                assert isinstance(flight, Flight)
                 try:  # as the gateway does: once more, on another replica
                     farm.offer(job, now_s)
                 except Busy as busy:
+                    if isinstance(flight, Probe):
+                        self._cloud.probes.lose(flight, str(busy), busy.retry_s)
+                        continue
+                    assert isinstance(flight, Flight)
                     if flight.job is job and flight.stage == AIR:
                         self._cloud.lose(flight, str(busy))
             return
@@ -56,6 +56,8 @@ class Faults:
             side.down.reset()
             side.connected = False
             side.greetings.clear()
+            if side.probe is not None:
+                self._cloud.probes.reset(side.probe, fault.how == "refused")
         for flight in list(self._cloud.in_air.values()):
             if flight.stage != AIR:
                 continue

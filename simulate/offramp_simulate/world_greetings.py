@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 class Greeting:
-    """`legs`: (up, down) bytes, each a round trip."""
+    """`legs` to come: (up, down) bytes, each a round trip. `fresh`: over a connection of its own."""
 
-    __slots__ = ("legs", "side")
+    __slots__ = ("fresh", "legs", "side")
 
-    def __init__(self, side: Side, legs: tuple[tuple[int, int], ...]) -> None:
-        self.side, self.legs = side, legs
+    def __init__(self, side: Side, fresh: bool) -> None:
+        self.side, self.fresh = side, fresh
+        self.legs: tuple[tuple[int, int], ...] = CONNECTING if fresh else GREETING
 
 
 class Greetings:
@@ -42,6 +43,7 @@ class Greetings:
         side.greeted += 1
         fault = self._fault()
         if side.welcome:  # one of those before was answered while nobody listened
+            side.greetings.clear()
             self._world.at(now_s, self._welcomed, side)
         elif fault is not None and fault.how == "refused":
             side.connected = False
@@ -54,8 +56,7 @@ class Greetings:
 
     def _send(self, side: Side) -> None:
         fresh = bool(side.greetings) or not side.connected
-        greeting = Greeting(side, CONNECTING if fresh else GREETING)
-        self._world.beside(sum(up + down for up, down in greeting.legs))
+        greeting = Greeting(side, fresh)
         side.greetings.append(greeting)
         self._world.at(self._clock.now_s + self._longest_ms / 1e3, self._too_old, greeting)
         self._leg(greeting)
@@ -63,14 +64,15 @@ class Greetings:
     def _patience_ms(self, side: Side) -> float:
         """A few round trips on a link that is known, and short where the cloud is aside already."""
         assert side.breaker is not None
-        round_trip_ms = 0.0
-        if side.breaker.state == UP:
-            rtt_ms = None if side.planner is None else side.link.estimate().rtt_ms
-            round_trip_ms = rtt_ms or 1e3 * self._cloud.rtt_s
-        return patience_ms(self._longest_ms, round_trip_ms)
+        if side.breaker.state != UP:
+            return patience_ms(self._longest_ms, 0.0)
+        if self._cloud.estimates:
+            return patience_ms(self._longest_ms, side.link.estimate().rtt_ms or self._longest_ms)
+        return patience_ms(self._longest_ms, 1e3 * self._cloud.rtt_s)
 
     def _leg(self, greeting: Greeting) -> None:
         up = greeting.legs[0][0]
+        self._world.beside(up)
         self._cloud.link.carry(greeting.side.up, up, self._clock.now_s, self._there, greeting)
 
     def _there(self, greeting: Greeting) -> None:
@@ -78,21 +80,27 @@ class Greetings:
         if fault is not None and fault.what == "cloud":
             return  # swallowed, or refused to another one by then
         (_, down), *others = greeting.legs
+        self._world.beside(down)
         # TCP and TLS are the machine's; a greeting goes through the gateway.
         when_s = self._clock.now_s + (0.0 if others else 2 * self._cloud.hop_s)
         self._cloud.link.carry(greeting.side.down, down, when_s, self._back, greeting)
 
     def _back(self, greeting: Greeting) -> None:
         side = greeting.side
-        if greeting not in side.greetings:
-            return  # given up, or another one was answered
         greeting.legs = greeting.legs[1:]
-        if greeting.legs:
-            self._leg(greeting)
+        waits = greeting in side.greetings  # not given up, and no other was answered and counted
+        if greeting.legs and (waits or greeting.legs == CONNECTING[1:]):
+            self._leg(greeting)  # TLS begins as soon as TCP is there, whoever waits for it
             return
-        side.greetings.clear()
+        if not waits:
+            return
+        # Those beside it go on until somebody listens, and the last new connection stays.
+        side.greetings.remove(greeting)
         side.connected = side.welcome = True
+        if greeting.fresh:
+            self._world.pings.connected(side.number)
         if side.asking == GREETS:
+            side.greetings.clear()
             self._welcomed(side)
 
     def _too_old(self, greeting: Greeting) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from offramp_edge.breaker import ASIDE, UP
-from offramp_edge.greetings import DOUBTS_APART_S
-from offramp_edge.link import Transfer
+from offramp_edge.greetings import DOUBTS_APART_S, doubt_s
 from offramp_simulate.world_greetings import Greetings
 from offramp_simulate.world_parts import IDLE, PAUSED, Flight, Side
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from offramp_simulate.world import World
     from offramp_simulate.world_cloud import InCloud
 
-_PROBE_TOKENS = (16, 1)  # in turns, as in the live session
+_NEW = 0.2  # as in the live session
 
 
 class Handshakes:
@@ -31,7 +31,7 @@ class Handshakes:
     def rng_of(self, side: Side) -> random.Random:
         rng = self._rngs.get(side.number)
         if rng is None:
-            rng = random.Random(f"{self._world.scenario.seed}/retry/{side.number}")
+            rng = random.Random(f"{self._world.chance}/retry/{side.number}")
             self._rngs[side.number] = rng
         return rng
 
@@ -58,41 +58,27 @@ class Handshakes:
             side.wait_missed += 1
             self._greet(side)
 
+    def expects(self, side: Side, call: Callable[..., None], *args: Any) -> None:
+        """Something is sent now: `call` when its answer is so late that the cloud may be gone."""
+        if side.usual_s is not None:
+            self._world.at(self._clock.now_s + doubt_s(side.usual_s), call, *args)
+
+    def doubted(self, side: Side) -> None:
+        """It is so late, and still in the air."""
+        assert side.breaker is not None
+        side.breaker.ask.set()
+        self.asked(side)
+
+    def told(self, side: Side, took_s: float) -> None:
+        """The cloud has answered it, after so long."""
+        assert side.breaker is not None
+        side.breaker.answered()
+        usual_s = took_s if side.usual_s is None else side.usual_s
+        side.usual_s = usual_s + _NEW * (took_s - usual_s)
+
     def wait(self, flight: Flight, trip: int) -> None:
         """Tell the flight when the cloud is up."""
         self._waiting.setdefault(flight.side.number, []).append((flight, trip))
-
-    def probe(self, side: Side) -> None:
-        """A sample without content goes to the cloud and back, for what it tells of the link."""
-        if self._cloud.faults or side.probing:
-            return
-        side.probing = True
-        tokens = _PROBE_TOKENS[side.probes % len(_PROBE_TOKENS)]
-        side.probes += 1
-        nbytes = self._world.probe_nbytes(tokens)
-        engine_s = self._world.farm.times.alone_s(self._world.probe_layers, tokens)
-        now_s = self._clock.now_s
-        transfer = side.link.sent(nbytes - self._world.scenario.link.beside_nbytes, 1e3 * engine_s)
-        self._world.beside(nbytes + self._cloud.down_nbytes)
-        self._cloud.link.carry(
-            side.up, nbytes, now_s, self._probe_there, side, transfer, tokens, engine_s
-        )
-
-    def _probe_there(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
-        back_s = self._clock.now_s + 2 * self._cloud.hop_s + engine_s
-        self._world.at(back_s, self._probe_back, side, transfer, tokens, engine_s)
-
-    def _probe_back(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
-        cloud, now_s = self._cloud, self._clock.now_s
-        told = side, transfer, tokens, engine_s
-        cloud.link.carry(side.down, cloud.down_nbytes, now_s, self._probe_ends, *told)
-
-    def _probe_ends(self, side: Side, transfer: Transfer, tokens: int, engine_s: float) -> None:
-        side.probing = False
-        self._world.pings.replied(side.number, self._clock.now_s)
-        side.link.answered(transfer, 1e3 * engine_s)
-        # The cloud reports what a probe took as it does for a sample.
-        side.cloud_times.ran(self._world.probe_layers, tokens, 0.0, 1e3 * engine_s)
 
     def _pause(self, side: Side) -> None:
         breaker = side.breaker

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from offramp_simulate.beside import CANCEL_NBYTES
 from offramp_simulate.engine_model import Job
-from offramp_simulate.world_faults import LOST, Faults
+from offramp_simulate.world_faults import Faults
 from offramp_simulate.world_lines import Line, Then
-from offramp_simulate.world_parts import AIR, Flight
+from offramp_simulate.world_parts import AIR, LOST, Flight, Side
 
 if TYPE_CHECKING:
     from offramp_simulate.world import World
@@ -34,10 +34,13 @@ class OnLink:
 
     def cancel(self, flight: Flight) -> None:
         """Tell the cloud that nobody waits for it any more: the engine drops it if it has not begun."""
-        now_s = self._world.clock.now_s
-        if flight.stage == AIR and flight.ready_s < now_s:
-            self._world.beside(CANCEL_NBYTES)
-            self.carry(flight.side.up, CANCEL_NBYTES, now_s, self._cancelled, flight.job)
+        if flight.stage == AIR and flight.ready_s < self._world.clock.now_s:
+            self.tell_cancelled(flight.side, flight.job)
+
+    def tell_cancelled(self, side: Side, job: Job | None) -> None:
+        """The same of anything that was sent."""
+        self._world.beside(CANCEL_NBYTES)
+        self.carry(side.up, CANCEL_NBYTES, self._world.clock.now_s, self._cancelled, job)
 
     def _out(self, then: Then, args: tuple[Any, ...]) -> None:
         fault = self._faults.now("link")

@@ -6,6 +6,7 @@ is only what the live agent keeps in coroutines.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from typing import Any
@@ -18,6 +19,7 @@ from offramp_edge.link import Link, Transfer
 from offramp_edge.planning import Learns, Planner
 from offramp_edge.settings import EdgeSettings
 from offramp_edge.usual import UsualTime
+from offramp_simulate.engine_model import Job
 from offramp_simulate.world_lines import Line
 
 
@@ -83,13 +85,15 @@ class Side:
     __slots__ = (
         "air", "asking", "at_air", "breaker", "budget", "busy", "cloud_times", "connected", "down",
         "greeted", "greeted_s", "greetings", "hedges", "in_flight", "learns", "link", "number", "planner",
-        "probes", "probing", "queued", "samples", "times", "up", "usual", "usual_s", "wait_missed", "welcome",
+        "probe", "probes", "put_aside", "queued", "samples", "times", "up", "usual", "usual_s", "wait_missed",
+        "welcome",
     )  # fmt: skip
 
     def __init__(self, number: int, up: Line, down: Line, share: float, clock: KernelClock) -> None:
         self.number, self.up, self.down = number, up, down
-        self.busy = self.probing = False
-        self.probes = 0
+        self.busy = False
+        self.probe: Any = None  # the one that is in the air
+        self.probes = self.put_aside = 0
         self.samples: deque[Flight] = deque()
         self.hedges: list[tuple[int, Flight]] = []
         self.air = self.in_flight = 0
@@ -98,18 +102,21 @@ class Side:
         self.usual = UsualTime()
         self.usual_s: float | None = None
         self.budget = RetryBudget(share)
-        self.cloud_times = CloudTimes()
+        self.cloud_times = CloudTimes(clock)
         self.link = Link(clock)
         self.breaker: Breaker | None = None
         self.planner: Planner | None = None
         self.learns: Learns | None = None
         self.times: LayerTimes | None = None
-        self.greeted_s = 0.0
+        self.greeted_s = -math.inf
         self.asking, self.greeted, self.welcome = IDLE, 0, False
         self.connected = True
         self.greetings: list[Any] = []
         self.wait_missed = 0
 
+
+LOST = Job(None, 0, 1, 1, 1.0, -math.inf)
+"""In place of a job: what was in the air when a fault began, and will not arrive."""
 
 IDLE, PAUSED, GREETS = range(3)
 """What the device does about its handshake: nothing; it waits before one; one is in the air."""

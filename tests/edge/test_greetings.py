@@ -44,6 +44,32 @@ async def test_the_first_greeting_may_be_answered_during_the_second() -> None:
     assert (await second)[0] is welcome
 
 
+async def test_an_answer_counts_at_once_however_long_the_others_take_to_leave() -> None:
+    left = asyncio.Event()
+
+    class Lingering(Answering):
+        async def hello(self, hello: Hello, timeout_s: float) -> Welcome:
+            try:
+                return await super().hello(hello, timeout_s)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.2)  # as closing a connection does
+                left.set()
+                raise
+
+    transport = Lingering()
+    greetings = Greetings(cast(Transport, transport), MonotonicClock(), longest_s=5)
+    with pytest.raises(TimeoutError):
+        await greetings.greet(HELLO, patience_s=0.01)
+    second = asyncio.create_task(greetings.greet(HELLO, patience_s=0.1))
+    await asyncio.sleep(0.01)
+    welcome = cast(Welcome, object())
+    transport.asked[0].set_result(welcome)
+    assert (await second)[0] is welcome
+    assert not left.is_set()
+    await greetings.close()
+    assert left.is_set()
+
+
 async def test_one_that_fails_as_another_is_answered_is_not_left_for_asyncio_to_print() -> None:
     printed: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: printed.append(context))

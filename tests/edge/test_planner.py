@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyLayers
 
+from offramp_common.clock import MonotonicClock
 from offramp_common.forecast import Forecast, Outlook, never, of_rates, uniform
 from offramp_edge.answers import Answer, Stages
 from offramp_edge.baselines import SplitBandit, static_rule
@@ -55,7 +56,7 @@ class Bench:
     cloud_layer_ms: float = 1.0
     wire: Wire = field(default_factory=Wire)
     times: LayerTimes = field(default_factory=lambda: LayerTimes(N))
-    cloud: CloudTimes = field(default_factory=CloudTimes)
+    cloud: CloudTimes = field(default_factory=lambda: CloudTimes(MonotonicClock()))
 
     def __post_init__(self) -> None:
         self.device(self.layer_ms)

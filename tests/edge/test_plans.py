@@ -90,7 +90,15 @@ def test_a_new_link_is_probed_and_a_silent_one_once_in_a_while_and_only_when_sam
         assert session is not None
         assert isinstance(planner, AutoPlanner)
         probes: list[float] = []
-        attention = Attention(session, planner.menu, 5.0, world.loop, lambda _: probes.append(1.0))
+        draws = iter([0.0, 0.8, 0.0])
+        attention = Attention(
+            session,
+            planner.menu,
+            5.0,
+            world.loop,
+            lambda _: probes.append(1.0),
+            lambda: next(draws),
+        )
         for number in range(4):  # a new link: until four transfers have told of it
             attention.asked()
             assert len(probes) == number + 1
@@ -105,6 +113,9 @@ def test_a_new_link_is_probed_and_a_silent_one_once_in_a_while_and_only_when_sam
         world.loop.jump(4.9)
         attention.asked()
         assert len(probes) == 4  # news, though not of a probe
+        world.loop.jump(2.0)
+        attention.asked()
+        assert len(probes) == 4  # nor when another device would be: not all at the same moment
         world.loop.jump(0.2)
         attention.asked()
         assert len(probes) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,25 @@ def test_everybody_is_done_when_the_live_elevator_is_done_with_them(
     assert [key for key, _ in mine] == [key for key, _ in theirs]
     # Theirs is a fit to what was seen: equal to some parts in a million.
     np.testing.assert_allclose([w for _, w in mine], [w for _, w in theirs], rtol=1e-5, atol=1e-7)
+
+
+def test_one_row_takes_longer_the_longer_the_engine_has_rested_and_the_next_at_once_is_fast() -> (
+    None
+):
+    record = replace(
+        made_record(),
+        rest_s_S=np.array([0.0, 0.1, 0.5]),
+        rest_ms_WS=np.array([[-0.2, 0.0, 3.0], [-0.5, 0.0, 1.0]]),
+    )
+    house, took_ms, ended_s = farm(record), [], -math.inf
+    for key, rest_s in enumerate((math.inf, 0.3, 0.05, 0.0, 2.0)):
+        when_s = 0.0 if rest_s == math.inf else ended_s + rest_s
+        house.offer(job(key), when_s)
+        ((ended_s, _),) = house.advance(when_s + 0.02)
+        took_ms.append(1e3 * (ended_s - when_s))
+    # Four layers of 2 ms, and what each rest costs, between the table's points in proportion.
+    expected = [3.0 + 4 * 3.0, 1.5 + 4 * 2.5, -0.1 + 4 * 1.75, -0.2 + 4 * 1.5, 3.0 + 4 * 3.0]
+    assert took_ms == pytest.approx(expected)
 
 
 def test_a_layer_takes_its_rows_time_until_each_has_left() -> None:

@@ -20,6 +20,7 @@ from offramp_simulate import record_build
 from offramp_simulate.labelled import field, read_rows
 from offramp_simulate.record import NEVER, OWN, Record
 from offramp_simulate.record_build import behaviour, points_of, read_labelled
+from offramp_simulate.record_engine import rests_of
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "assistant-intents"
@@ -53,6 +54,33 @@ def test_a_file_that_is_no_record_is_named_with_the_remedy(tmp_path: Path) -> No
     (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:-200])
     with pytest.raises(DataError, match="not a record"):
         Record.load(tmp_path / "cut.npz")
+
+
+def test_a_record_that_says_nothing_of_rests_is_read_as_before(tmp_path: Path) -> None:
+    """Format 2 had no word for them: the record that is shipped is one."""
+    made_record().save(tmp_path / "now.npz")
+    with np.load(tmp_path / "now.npz") as file:
+        arrays = {name: file[name] for name in file.files if not name.startswith("rest_")}
+    header = json.loads(bytes(arrays["header"]))
+    for written, remedy in ((2, ""), (1, "make it again with `offramp record`")):
+        text = json.dumps({**header, "format": written}).encode()
+        arrays["header"] = np.frombuffer(text, np.uint8)
+        np.savez(tmp_path / "then.npz", **arrays)
+        if remedy:
+            with pytest.raises(DataError, match=remedy):
+                Record.load(tmp_path / "then.npz")
+        else:
+            assert not Record.load(tmp_path / "then.npz").rest_ms_WS.any()
+
+
+def test_longer_rests_cost_no_less_than_shorter_ones_and_the_table_s_own_nothing_more() -> None:
+    layers = 5
+    layer_S = np.array([1.0, 2.0, 2.0, 2.5, 2.3, 2.4])
+    run_S = np.array([0.5, 0.5, 0.7, 0.9, 0.9, 0.9])
+    found = rests_of(run_S + (layers + 1) * layer_S, run_S + layer_S, layers)
+    np.testing.assert_allclose(found[1], [-1.0, 0.0, 0.0, 0.4, 0.4, 0.4])
+    np.testing.assert_allclose(found[0], [-0.2, -0.2, 0.0, 0.2, 0.2, 0.2], atol=0.11)
+    assert (np.diff(found) >= 0).all()
 
 
 def test_a_record_that_contradicts_itself_is_refused() -> None:

@@ -99,6 +99,18 @@ def test_the_live_link_is_the_scenario_s_link() -> None:
         link_arguments(refused, refused.scenario())
 
 
+def test_a_cell_with_an_outage_is_predicted_from_draws_of_the_pauses_behind_it() -> None:
+    record = Record.load(RESULTS / "record.npz")
+    (once,) = predicted.runs(CELLS[0].scenario(40), record)
+    assert once["asides"] == 0
+    drawn = predicted.runs(CELLS[-1].scenario(120), record)
+    assert len(drawn) == predicted.DRAWS
+    assert all(found["asides"] for found in drawn)
+    assert len({found["bytes_up"] for found in drawn}) > 1
+    asked = [[line[0] for line in found["rows"]] for found in drawn]
+    assert asked == asked[:1] * predicted.DRAWS
+
+
 def test_predictions_have_a_row_for_each_request_in_order() -> None:
     cell = next(c for c in CELLS if c.link.name == "wifi")
     found = predicted.run(cell.scenario(40), Record.load(RESULTS / "record.npz"))

@@ -35,6 +35,7 @@ from offramp_common.transport import Completion, Hello, Offload, Welcome
 from offramp_edge.agent import Agent
 from offramp_edge.answers import Answer, Sample
 from offramp_edge.device import Device
+from offramp_edge.greetings import DOUBTS_APART_S
 from offramp_edge.planning import FixedPlan
 from offramp_edge.session import CloudSession
 from offramp_edge.settings import plan_for
@@ -244,6 +245,7 @@ def live(scenario: Scenario) -> list[Answer]:
         agent = Agent(bundle, device, session, way, settings, loop, rng=retries)
         await agent.start()
         await session.breaker.settled.wait()
+        await asyncio.sleep(DOUBTS_APART_S)  # the first greeting lies well before the run
         # World's clock starts at 0: the same sums of floats need the same start.
         cloud.began_s = loop.time()
         try:
@@ -288,6 +290,18 @@ SCENARIOS = {
         # So rarely that no sample comes while a hedge runs: in virtual time a stretch is run at once.
         arrivals={"rate_per_s": 0.1},
         agent={"hedge_after": 0.0},
+        plans=[{"name": "p", "split": 1, "point": "never"}],
+    ),
+    "hedges of several samples": one_device(
+        arrivals={
+            "kind": "bursts",
+            "rate_per_s": 3.0,
+            "busy_rate_per_s": 30.0,
+            "quiet_s": 3.0,
+            "busy_s": 1.0,
+        },
+        agent={"hedge_after": 0.0},
+        link={"uplink_mbps": 0.4, "downlink_mbps": 2.0, "rtt_ms": 90.0},
         plans=[{"name": "p", "split": 1, "point": "never"}],
     ),
     "hedges when late": one_device(
