@@ -5,7 +5,7 @@ from __future__ import annotations
 from offramp_common.clock import Clock
 
 _NEW = 0.1  # weight of the latest report
-_HALF_S = 2.0  # after which what was heard of the queue counts half: it is another one by then
+_HALF_S = 5.0  # after which what was heard counts half at the most: others ask by then, or do not any more
 _FEWEST_TOKENS = 16  # below this a layer costs about the same, as on the device
 
 
@@ -31,7 +31,7 @@ class CloudTimes:
         if self._ms_per_token is None:
             self._ms_per_token, self.queue_ms = ms, queue_ms
             return
-        self._ms_per_token += _NEW * (ms - self._ms_per_token)
+        self._ms_per_token += newer * (ms - self._ms_per_token)
         self.queue_ms += newer * (queue_ms - self.queue_ms)
 
     def layer_ms(self, n_tokens: int, otherwise: float = 0.0) -> float:

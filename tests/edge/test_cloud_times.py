@@ -31,15 +31,16 @@ def test_one_busy_moment_among_many_reports_is_averaged() -> None:
 
 
 def test_a_queue_heard_of_long_ago_counts_for_little_beside_news() -> None:
-    assert told(300.0, 0.0, every_s=5.0) < 60.0
+    assert told(300.0, 0.0, every_s=5.0) == pytest.approx(150.0)
     assert told(300.0, 0.0, every_s=60.0) < 0.1
     assert told(300.0, 0.0, every_s=0.1) == pytest.approx(270.0)
 
 
-def test_a_layers_time_is_averaged_however_long_ago_it_was_heard_of() -> None:
+def test_so_does_a_layers_time_which_rows_of_others_share() -> None:
     clock = Clock()
     times = CloudTimes(clock)
-    times.ran(4, 16, 0.0, 4.0)
-    clock.now_s += 60.0
-    times.ran(4, 16, 0.0, 8.0)
-    assert times.layer_ms(16) == pytest.approx(1.1)
+    times.ran(4, 16, 0.0, 40.0)
+    for _ in range(3):
+        clock.now_s += 5.0
+        times.ran(4, 16, 0.0, 4.0)
+    assert times.layer_ms(16) == pytest.approx(1.0 + 9.0 / 8)
