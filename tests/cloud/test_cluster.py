@@ -24,10 +24,15 @@ def stages(
     """What became of each stage."""
     path = tmp_path_factory.mktemp("life") / "life.json"
     command = [sys.executable, str(SCRIPT), "--requests", "1500", "--settle-s", "1"]
-    ended = subprocess.run(
-        [*command, "--json", str(path)], capture_output=True, text=True, timeout=400
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    with subprocess.Popen(
+        [*command, "--json", str(path)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=380)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and it stops its Ray, which it could not when killed
+            _, said = process.communicate(timeout=35)
+    assert process.returncode == 0, said[-4000:]
     return {stage["stage"]: stage for stage in json.loads(path.read_text())["stages"]}
 
 
