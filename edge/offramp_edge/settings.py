@@ -40,7 +40,7 @@ class EdgeSettings:
     weight_cloud: float = 0.0  # milliseconds that a layer run in the cloud is worth
     device_watts: float = 4.0  # while it computes, above idling
     radio_watts: float = 1.5  # while it sends, above idling
-    probe_ms: float = 5000.0  # a link silent for 1 to 1.5 times as long is probed, if samples come; 0: never
+    probe_ms: float = 5000.0  # a link silent for 1 to 1.5 times as long is probed; 0: never
     exits: bool = True  # False: no sample leaves early
     knobs: Mapping[str, Any] | None = None  # operating point: a number, or one for each depth
     deadline_ms: float | None = (

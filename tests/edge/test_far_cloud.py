@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from edge_cloud import TorchAsNumpy, cloud_of
 
@@ -22,15 +23,14 @@ async def test_a_cloud_to_which_connecting_takes_longer_than_a_second_is_connect
         host, port = cloud.address.rsplit(":", 1)
         async with LinkEmulator(PROFILES["satellite"], (host, int(port))) as link:
             address = "{}:{}".format(*link.address)
-            settings = {
+            settings: dict[str, Any] = {
                 "exits": False,
                 "plan": "fixed",
                 "hedge_after": math.inf,
                 "deadline_ms": None,
+                "probe_timeout_ms": 20_000.0,
+                "offload_timeout_ms": 20_000.0,
             }
-            patience = {"probe_timeout_ms": 20_000.0, "offload_timeout_ms": 20_000.0}
-            worker = EdgeWorker(
-                bundle, address, layers=layers, ca=tls_dir / "ca.pem", **settings, **patience
-            )
+            worker = EdgeWorker(bundle, address, layers=layers, ca=tls_dir / "ca.pem", **settings)
             async with worker:
                 assert (await worker.answer_async("w1 w2 w3")).where == "cloud"
