@@ -151,7 +151,7 @@ async def test_a_stream_whose_replies_are_not_taken_gives_its_place_back_and_dis
                     assert await asked(reads, _SMALL) == "reply"
                     told.add(await stub.Complete(_SMALL).code())
             assert Status.RESOURCE_EXHAUSTED in told
-            await stub.Complete(_SMALL, timeout=20, wait_for_ready=True)
+            await taken(stub)
             assert await asked(reads, _SMALL) == "reply"
             reads.cancel()
         # Of what lies in its buffers it may still read some; then it is told that its connection is gone.
@@ -175,7 +175,7 @@ async def test_a_call_whose_request_does_not_come_is_told_so_and_ends() -> None:
         await silent.wait_for_connection()
         assert await code_of(silent) == Status.DEADLINE_EXCEEDED
         assert "has not come in 0.5 s" in await silent.details()
-        await pb_grpc.OffloadServiceStub(good).Complete(_SMALL, timeout=20)
+        await taken(pb_grpc.OffloadServiceStub(good))
         assert one.stalled == {REQUEST: 1, REPLY: 0, IDLE: 0}
 
 
