@@ -40,7 +40,7 @@ from cloud_ways import (
     replica,
     serve_ray,
 )
-from report import command, commit, machine
+from report import about
 
 from offramp_cloud.placement import secure_own_ray
 from offramp_common.cli import write_json
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests, one round")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    about = machine("grpc.aio, loopback, frames of 100 KB")
+    here = about("grpc.aio, loopback, frames of 100 KB")
     secure_own_ray()  # for the processes that are started now
     started = [in_process(echo), in_process(replica), in_process(serve_ray)]
     try:
@@ -166,8 +166,7 @@ def main() -> None:
     found = summary(runs)
     report(found)
     if args.json:
-        measured = {"command": command(), "machine": about, "commit": commit()}
-        write_json({**measured, "summary": found, "runs": runs}, args.json)
+        write_json({**here, "summary": found, "runs": runs}, args.json)
 
 
 if __name__ == "__main__":
