@@ -58,8 +58,7 @@ class DeviceStream:
         ends = (reading, asyncio.create_task(self._draining.wait()))
         try:
             async with answers:
-                while not await self._over(ends):
-                    pass
+                await self._until_over(ends)
                 if reading.done():
                     reading.result()
         except* _Untaken:
@@ -69,16 +68,18 @@ class DeviceStream:
                 end.cancel()
         return self._ended
 
-    async def _over(self, ends: Collection[asyncio.Task[Any]]) -> bool:
-        """Wait for one of them, or until the stream may be idle; whether it has come to its end."""
+    async def _until_over(self, ends: Collection[asyncio.Task[Any]]) -> None:
+        """Wait for one of them, or until nothing has been asked for too long."""
         clock = asyncio.get_running_loop().time
-        left_s = self._idle_timeout_s
-        if not self._jobs:
-            left_s += self._busy_s - clock()
-        done, _ = await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        if not (done or self._jobs) and clock() >= self._busy_s + self._idle_timeout_s:
-            self._ended = IDLE
-        return bool(done or self._ended)
+        while not self._ended:
+            left_s = self._idle_timeout_s
+            if not self._jobs:
+                left_s += self._busy_s - clock()
+            done, _ = await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+            if not self._jobs and clock() >= self._busy_s + self._idle_timeout_s:
+                self._ended = IDLE
 
     async def _read(self, requests: AsyncIterator[bytes], answers: asyncio.TaskGroup) -> None:
         async for raw in requests:
