@@ -19,6 +19,7 @@ DOUBTS_APART_S = 1.0
 """Doubts are settled by a handshake at most this often."""
 _SOONEST_DOUBT_S = 0.25
 _UNUSUAL = 4.0  # times the usual time of an answer
+_NEW = 0.2  # weight of the latest answer in the usual time
 _SOON_MS = 500.0
 _ROUND_TRIPS = 5  # connecting takes up to three with TLS, the handshake one
 
@@ -26,6 +27,12 @@ _ROUND_TRIPS = 5  # connecting takes up to three with TLS, the handshake one
 def doubt_s(usual_s: float) -> float:
     """After so long without an answer, of which the usual time is this, the cloud is greeted."""
     return max(_SOONEST_DOUBT_S, _UNUSUAL * usual_s)
+
+
+def usual_after(usual_s: float | None, took_s: float) -> float:
+    """The usual time of an answer, a moving average, once another one has taken so long."""
+    before_s = took_s if usual_s is None else usual_s
+    return before_s + _NEW * (took_s - before_s)
 
 
 def patience_ms(longest_ms: float, rtt_ms: float) -> float:

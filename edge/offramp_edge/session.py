@@ -22,7 +22,7 @@ from offramp_common.runner import Knobs
 from offramp_common.transport import Completion, Offload, Transport
 from offramp_edge.breaker import UP, Breaker
 from offramp_edge.cloud_times import CloudTimes
-from offramp_edge.greetings import DOUBTS_APART_S, Greetings, doubt_s, patience_ms
+from offramp_edge.greetings import DOUBTS_APART_S, Greetings, doubt_s, patience_ms, usual_after
 from offramp_edge.handshake import Agreed, agree, check_completion
 from offramp_edge.link import Link, Transfer
 from offramp_edge.not_answered import NotAnswered, reason_of
@@ -38,8 +38,6 @@ from offramp_edge.requests import (
 from offramp_edge.settings import EdgeSettings, Plan
 
 log = logging.getLogger("offramp.edge")
-
-_NEW = 0.2  # weight of the latest answer in the usual time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +87,7 @@ class CloudSession:
         self.cloud_times = CloudTimes(clock)
         self._agreed: Agreed | None = None
         self._waits: set[asyncio.Timeout] = set()
-        self._usual_s: float | None = None  # what an answer takes, a moving average
+        self._usual_s: float | None = None  # what an answer takes
         self._probing: asyncio.Task[None] | None = None
         self._probes = itertools.cycle(PROBE_TOKENS)
 
@@ -227,8 +225,7 @@ class CloudSession:
                 if doubt is not None:
                     doubt.cancel()
         took_s = loop.time() - began_s
-        usual_s = took_s if self._usual_s is None else self._usual_s
-        self._usual_s = usual_s + _NEW * (took_s - usual_s)
+        self._usual_s = usual_after(self._usual_s, took_s)
         return done
 
     async def _wait_for_welcome(self, timeout_s: float) -> float:

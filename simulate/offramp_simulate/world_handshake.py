@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from offramp_edge.breaker import ASIDE, UP
-from offramp_edge.greetings import DOUBTS_APART_S, doubt_s
+from offramp_edge.greetings import DOUBTS_APART_S, doubt_s, usual_after
 from offramp_simulate.world_greetings import Greetings
 from offramp_simulate.world_parts import IDLE, PAUSED, Flight, Side
 
 if TYPE_CHECKING:
     from offramp_simulate.world import World
     from offramp_simulate.world_cloud import InCloud
-
-_NEW = 0.2  # as in the live session
 
 
 class Handshakes:
@@ -73,8 +71,7 @@ class Handshakes:
         """The cloud has answered it, after so long."""
         assert side.breaker is not None
         side.breaker.answered()
-        usual_s = took_s if side.usual_s is None else side.usual_s
-        side.usual_s = usual_s + _NEW * (took_s - usual_s)
+        side.usual_s = usual_after(side.usual_s, took_s)
 
     def wait(self, flight: Flight, trip: int) -> None:
         """Tell the flight when the cloud is up."""
